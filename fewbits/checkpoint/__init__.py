@@ -1,0 +1,1 @@
+"""Checkpoints that survive crashes and notice every changed byte."""

@@ -1,0 +1,1 @@
+"""Text in, batches out: corpora, tokenizers, the token store, batches as a function."""

@@ -1,0 +1,1 @@
+"""What people learn from runs: comparisons with verdicts."""

@@ -1,0 +1,1 @@
+"""What the user chose: precisions, plans, and what this device runs natively."""

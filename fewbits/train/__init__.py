@@ -1,0 +1,1 @@
+"""The loop around the step: configuration, records, evaluation, text samples."""
