@@ -1,0 +1,76 @@
+"""Causal self-attention with grouped key and value heads, rotary positions and document masks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.kernels.dispatch import emulated
+from fewbits.nn.linear import FORMAT_OF, Linear
+from fewbits.nn.norm import RMSNorm
+from fewbits.numerics.norm import widen
+
+
+def rotary_table(context: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [context, head_dim] in fp32, halves repeated (Su et al. 2021, in the layout of Llama)."""
+    inverse = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+    angles = torch.outer(torch.arange(context, dtype=torch.float32), inverse)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """Rotary position embedding of queries or keys, computed in fp32 and stored in the dtype of x."""
+    wide = widen(x_BHTD)
+    low, high = wide.chunk(2, dim=-1)
+    return (wide * cos_TD + torch.cat((-high, low), dim=-1) * sin_TD).to(x_BHTD.dtype)
+
+
+def document_mask(documents_BT: Tensor) -> Tensor:
+    """Boolean [B, 1, T, T]: true where the key is not later than the query and in the same document."""
+    T = documents_BT.shape[1]
+    causal_TT = torch.ones(T, T, dtype=torch.bool, device=documents_BT.device).tril()
+    same_BTT = documents_BT.unsqueeze(2) == documents_BT.unsqueeze(1)
+    return (same_BTT & causal_TT).unsqueeze(1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v with fp32 scores, for q [B, H, T, d] and k, v [B, G, T, d] where G divides H.
+
+    The scores are scaled before they could overflow fp16: torch's fused kernels hold them in fp32, and its plain path
+    scales q and k before it multiplies them. Where 16-bit matmuls are emulated, the inputs are widened.
+    """
+    dtype = q.dtype
+    name = FORMAT_OF.get(dtype)
+    if name is not None and emulated(name, q.device.type):
+        q, k, v = q.float(), k.float(), v.float()
+    grouped = k.shape[1] != q.shape[1]
+    y = nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, enable_gqa=grouped
+    )
+    return y.to(dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; the rows of `qkv` are the query heads, then the key heads, then the value heads."""
+
+    def __init__(self, width: int, heads: int, kv_heads: int, bias: bool, qk_norm: bool, eps: float, dropout: float):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim, self.dropout = heads, kv_heads, width // heads, dropout
+        self.qkv = Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias=bias)
+        self.output = Linear(width, width, bias=bias)
+        self.query_norm = RMSNorm(self.head_dim, eps=eps) if qk_norm else None
+        self.key_norm = RMSNorm(self.head_dim, eps=eps) if qk_norm else None
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; rotary: cosines and sines that broadcast to [B, H, T, d]; mask as `attend` takes it."""
+        B, T, D = x.shape
+        heads = self.qkv(x).view(B, T, self.heads + 2 * self.kv_heads, self.head_dim)
+        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.output(y.transpose(1, 2).reshape(B, T, D))  # type: ignore[no-any-return]

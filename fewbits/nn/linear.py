@@ -1,0 +1,35 @@
+"""The linear layer that multiplies in the format of its weight, natively or emulated."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.kernels.dispatch import emulated
+from fewbits.numerics.matmul import emulated_linear
+
+FORMAT_OF = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, tf32: bool = False) -> Tensor:
+    """x [..., K] times weight [O, K] plus bias [O]: [..., O], in the format and dtype of the weight.
+
+    What enters is cast to that format. Where the device does not multiply it at a useful speed, operands are widened and
+    multiplied in fp32. `tf32` rounds fp32 operands to tf32 on a CPU; on CUDA torch's switch does it.
+    """
+    x = x.to(weight.dtype)
+    name = FORMAT_OF.get(weight.dtype)
+    tf32 = tf32 and weight.dtype == torch.float32 and x.device.type == "cpu"
+    if tf32 or (name is not None and emulated(name, x.device.type)):
+        return emulated_linear(x, weight, bias, tf32=tf32)
+    return nn.functional.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` whose three matmuls run in the format of the weight, as `linear` says."""
+
+    tf32: bool = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features], in the dtype of the weight."""
+        return linear(x, self.weight, self.bias, self.tf32)

@@ -1,0 +1,30 @@
+"""Norm modules: fp32 statistics, fp32 sums of weight gradients, whatever the storage format."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.numerics.norm import layer_norm, rms_norm
+
+
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` over the last axis with fp32 inside; other shapes and weightless norms keep torch's kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> the same shape and dtype."""
+        if len(self.normalized_shape) != 1 or self.weight is None:
+            return super().forward(x)
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """`nn.RMSNorm` over the last axis with fp32 inside; other shapes and weightless norms keep torch's kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> the same shape and dtype."""
+        if len(self.normalized_shape) != 1 or self.weight is None:
+            return super().forward(x)
+        # torch's default eps is that of the input's format; the statistics here are fp32 or wider
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return rms_norm(x, self.weight, torch.finfo(wide).eps if self.eps is None else self.eps)

@@ -1,0 +1,281 @@
+"""One decoder block for GPT-2, Llama and their relatives, and the language model made of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.errors import FewbitsError
+from fewbits.nn.attention import Attention, document_mask, rotary_table
+from fewbits.nn.embedding import Embedding
+from fewbits.nn.head import Pieces, compiled_pieces, loss_sum
+from fewbits.nn.linear import Linear, linear
+from fewbits.nn.norm import LayerNorm, RMSNorm
+
+# Beyond these a size is a typing error, not a model (the largest public models stay a factor of 10 below).
+_LARGEST = {"vocab_size": 10_000_000, "context": 10_000_000, "n_layer": 10_000, "n_head": 10_000, "n_embd": 1_000_000}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a decoder. Defaults are GPT-2 small."""
+
+    vocab_size: int = 50304
+    """Number of distinct tokens; 0 takes it from the tokenizer."""
+    context: int = 1024
+    """Longest sequence in tokens."""
+    n_layer: int = 12
+    """Number of transformer blocks."""
+    n_head: int = 12
+    """Number of query heads."""
+    n_kv_head: int = 0
+    """Number of key and value heads (grouped-query attention); 0 means as many as query heads."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    n_ff: int = 0
+    """Width of the feed-forward layer; 0 means 4 times the width (8/3 rounded up to 64 for swiglu)."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalization before attention, feed-forward and head."""
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    """Feed-forward nonlinearity (gelu is the tanh approximation of GPT-2)."""
+    positions: Literal["learned", "rope"] = "learned"
+    """How a token knows its position."""
+    bias: bool = True
+    """Biases in linear layers and layer norms."""
+    tied: bool = True
+    """Whether the head shares the weight of the embedding."""
+    qk_norm: bool = False
+    """RMSNorm on queries and keys."""
+    dropout: float = 0.0
+    """Probability of dropping an element after embedding, attention and feed-forward."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    norm_eps: float = 1e-5
+    """Added to the variance before its root."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads, resolved."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def ff(self) -> int:
+        """Feed-forward width, resolved."""
+        if self.n_ff:
+            return self.n_ff
+        return 4 * self.n_embd if self.activation == "gelu" else 64 * math.ceil(8 * self.n_embd / 3 / 64)
+
+    def check(self) -> ModelConfig:
+        """Raises FewbitsError for a shape that cannot be built, else returns itself."""
+        for name, most in _LARGEST.items():
+            value = getattr(self, name)
+            least = 0 if name == "vocab_size" else 1
+            if not least <= value <= most:
+                raise FewbitsError(f"model.{name} is {value}; it must lie between {least} and {most}.")
+        for name in ("n_kv_head", "n_ff"):
+            if getattr(self, name) < 0:
+                raise FewbitsError(f"model.{name} is {getattr(self, name)}; give a positive number, or 0 for the default.")
+        if self.n_embd % self.n_head:
+            heads = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
+            near = sorted(sorted(heads, key=lambda h: abs(h - self.n_head))[:3])
+            raise FewbitsError(
+                f"n_head={self.n_head} does not divide the width n_embd={self.n_embd}. "
+                f"Choose a number of heads such as {', '.join(map(str, near))}."
+            )
+        if self.n_head % self.kv_heads:
+            raise FewbitsError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}. Choose a divisor of it.")
+        if self.positions == "rope" and self.head_dim % 2:
+            raise FewbitsError(f"rope needs an even head width; {self.n_embd} / {self.n_head} = {self.head_dim} is odd.")
+        for name, low, high in (("dropout", 0.0, 0.99), ("norm_eps", 0.0, 1.0), ("rope_theta", 1.0, 1e12)):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise FewbitsError(f"model.{name} is {value}; it must lie between {low} and {high}.")
+        return self
+
+    def parameter_count(self) -> int:
+        """Number of parameters, a tied weight counted once."""
+        D, L, bias, hd = self.n_embd, self.n_layer, int(self.bias), self.head_dim
+        norm = D * (1 + (bias if self.norm == "layernorm" else 0))
+        qkv = (self.n_head + 2 * self.kv_heads) * hd
+        attention = D * qkv + D * D + bias * (qkv + D) + (2 * hd if self.qk_norm else 0)
+        up = 2 if self.activation == "swiglu" else 1
+        mlp = (up + 1) * D * self.ff + bias * (up * self.ff + D)
+        ends = self.vocab_size * D * (1 if self.tied else 2) + (self.context * D if self.positions == "learned" else 0)
+        return L * (2 * norm + attention + mlp) + norm + ends
+
+    def flops_per_token(self, context: int | None = None) -> int:
+        """Model FLOPs of forward and backward for one token: 6 N + 6 L D T.
+
+        N counts the weights that are multiplied (every matrix, the head once, no look-ups); the second term is causal
+        attention, half of the 12 L D T of full attention (Chowdhery et al. 2022, appendix B).
+        """
+        D, T = self.n_embd, context or self.context
+        qkv = (self.n_head + 2 * self.kv_heads) * self.head_dim
+        up = 2 if self.activation == "swiglu" else 1
+        N = self.n_layer * (D * qkv + D * D + (up + 1) * D * self.ff) + self.vocab_size * D
+        return 6 * N + 6 * self.n_layer * D * T
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """The inverse of `dataclasses.asdict`; unknown keys are refused."""
+        known = {field.name for field in fields(cls)}
+        if unknown := set(values) - known:
+            raise FewbitsError(f"unknown model option {sorted(unknown)[0]!r}; known are {', '.join(sorted(known))}.")
+        return cls(**values)
+
+
+class MLP(nn.Module):
+    """Feed-forward layer: down(gelu(up(x))) or down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.up = Linear(config.n_embd, config.ff, bias=config.bias)
+        self.gate = Linear(config.n_embd, config.ff, bias=config.bias) if config.activation == "swiglu" else None
+        self.down = Linear(config.ff, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        if self.gate is None:
+            return self.down(nn.functional.gelu(self.up(x), approximate="tanh"))  # type: ignore[no-any-return]
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+
+
+def _norm(config: ModelConfig) -> LayerNorm | RMSNorm:
+    if config.norm == "layernorm":
+        return LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+    return RMSNorm(config.n_embd, eps=config.norm_eps)
+
+
+class Block(nn.Module):
+    """x + attention(norm1(x)), then x + mlp(norm2(x)): the one block of every decoder here."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.norm1 = _norm(config)
+        self.attention = Attention(
+            config.n_embd, config.n_head, config.kv_heads, config.bias, config.qk_norm, config.norm_eps, config.dropout
+        )
+        self.norm2 = _norm(config)
+        self.mlp = MLP(config)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]."""
+        x = x + self._drop(self.attention(self.norm1(x), rotary, mask))
+        return x + self._drop(self.mlp(self.norm2(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+def _train_block(block: Block, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
+    return block(x, rotary, mask)  # type: ignore[no-any-return]
+
+
+def _evaluate_block(block: Block, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
+    return block(x, rotary, mask)  # type: ignore[no-any-return]
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model.
+
+    `forward` returns logits; `loss_sum` is what training and evaluation use and never holds the logits of the batch.
+    Weights start as GPT-2's: normal with deviation 0.02, divided by sqrt(2 layers) where a branch joins the residual
+    stream. They are drawn on the CPU from `seed`, so that every device starts from the same numbers.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int = 0):
+        super().__init__()
+        self.config = config.check()
+        if not config.vocab_size:
+            raise FewbitsError("model.vocab_size is 0; give the number of tokens, as the tokenizer has it.")
+        self.embed = Embedding(config.vocab_size, config.n_embd)
+        self.positions = Embedding(config.context, config.n_embd) if config.positions == "learned" else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = _norm(config)
+        self.head = None if config.tied else Linear(config.n_embd, config.vocab_size, bias=False)
+        self.rotary_cos: Tensor | None
+        self.rotary_sin: Tensor | None
+        cos, sin = rotary_table(config.context, config.head_dim, config.rope_theta) if config.positions == "rope" else (None, None)
+        self.register_buffer("rotary_cos", cos, persistent=False)
+        self.register_buffer("rotary_sin", sin, persistent=False)
+        self._run_train: Callable[..., Tensor] = _train_block
+        self._run_evaluate: Callable[..., Tensor] = _evaluate_block
+        self._pieces: Pieces | None = None
+        self.tf32 = False
+        self._initialize(seed)
+
+    @torch.no_grad()
+    def _initialize(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim < 2:
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+            else:
+                joins = name.endswith(("attention.output.weight", "mlp.down.weight"))
+                deviation = 0.02 / math.sqrt(2 * self.config.n_layer) if joins else 0.02
+                parameter.normal_(0.0, deviation, generator=generator)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Weight of the head [V, D], the embedding's when tied."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def compile_blocks(self, evaluation: bool = False) -> None:
+        """Compiles the block for training and the softmax of the loss head; evaluation gets a callable of its own."""
+        self._run_train = torch.compile(_train_block, dynamic=False)
+        self._pieces = compiled_pieces()
+        if evaluation:
+            self._run_evaluate = torch.compile(_evaluate_block, dynamic=False)
+
+    def hidden(self, input_ids: Tensor, documents: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """Normalized hidden states [B, T, D] for ids [B, T].
+
+        Args:
+            documents: int [B, T]; tokens of different documents do not see each other.
+            positions: int64 [B, T]; default 0 .. T-1.
+        """
+        B, T = input_ids.shape
+        if T > self.config.context:
+            raise FewbitsError(f"{T} tokens exceed the context of {self.config.context}; shorten the input.")
+        x = self.embed(input_ids)
+        if self.positions is not None:
+            x = x + self.positions(torch.arange(T, device=x.device) if positions is None else positions)
+        if self.config.dropout:
+            x = nn.functional.dropout(x, self.config.dropout, self.training)
+        rotary = self._rotary(T, positions)
+        mask = None if documents is None else document_mask(documents)
+        run = self._run_train if self.training else self._run_evaluate
+        for block in self.blocks:
+            x = run(block, x, rotary, mask)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def _rotary(self, T: int, positions: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        if self.rotary_cos is None or self.rotary_sin is None:
+            return None
+        if positions is None:
+            return self.rotary_cos[:T], self.rotary_sin[:T]
+        return self.rotary_cos[positions].unsqueeze(1), self.rotary_sin[positions].unsqueeze(1)
+
+    def forward(self, input_ids: Tensor, documents: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V] in fp32 (fp64 for fp64)."""
+        hidden = self.hidden(input_ids, documents, positions)
+        logits = linear(hidden, self.head_weight, None, self.tf32)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def loss_sum(self, micro_batch: Mapping[str, Tensor]) -> Tensor:
+        """Sum of the losses in nats over the real targets of {"input_ids", "labels", "documents"?, "positions"?}."""
+        hidden = self.hidden(micro_batch["input_ids"], micro_batch.get("documents"), micro_batch.get("positions"))
+        pieces = self._pieces if self.training else None
+        return loss_sum(hidden, self.head_weight, micro_batch["labels"], self.tf32, pieces)
+

@@ -1,0 +1,158 @@
+"""Linear head and cross entropy in pieces of rows: the logits of the whole batch never exist at once.
+
+The gradients are formed in the forward pass, piece by piece, while the logits of the piece are at hand, so the head is
+multiplied three times and not four. That needs the factor by which the sum of losses will be multiplied (loss scale over
+the number of targets): dividing afterwards would let 16-bit gradients overflow or underflow first. `gradient_factor`
+announces it; whatever arrives in the backward pass is applied relative to it, so a caller that announces nothing gets
+right gradients too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits.numerics.matmul import operand
+from fewbits.numerics.norm import widen
+
+IGNORE = -100  # label of a position that is no target: torch's convention
+
+_FACTOR: ContextVar[Tensor | None] = ContextVar("gradient_factor", default=None)
+
+# Bytes of fp32 logits in one piece: on a CPU about what the last cache level holds, on a GPU enough rows to fill it.
+_PIECE_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
+
+
+@contextmanager
+def gradient_factor(factor: Tensor) -> Iterator[None]:
+    """Within, the sum returned by `linear_cross_entropy` is going to be multiplied by `factor` (0-d) before backward."""
+    token = _FACTOR.set(factor)
+    try:
+        yield
+    finally:
+        _FACTOR.reset(token)
+
+
+def piece_rows(rows: int, vocabulary: int, device_type: str) -> int:
+    """Rows in one piece: bounded by memory, and at most a quarter of the batch unless that is fewer than 64 rows.
+
+    >>> piece_rows(2048, 4096, "cpu")
+    512
+    """
+    by_memory = _PIECE_BYTES.get(device_type, 64 << 20) // (4 * vocabulary)
+    return max(1, min(max(64, by_memory // 64 * 64), max(64, -(-rows // 4))))
+
+
+def softmax_gradient(logits_NV: Tensor, labels_N: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of every row and the gradient of `factor * sum(losses)` with respect to the logits, both in fp32 or wider."""
+    real_N = labels_N != IGNORE
+    index_N1 = labels_N.clamp(min=0).unsqueeze(1)
+    log_sum_N = torch.logsumexp(logits_NV, 1)
+    losses_N = torch.where(real_N, log_sum_N - logits_NV.gather(1, index_N1).squeeze(1), 0.0)
+    weight_N1 = torch.where(real_N, factor, 0.0).unsqueeze(1)
+    columns_V = torch.arange(logits_NV.shape[1], device=logits_NV.device)
+    target_NV = columns_V.unsqueeze(0) == index_N1
+    gradient_NV = ((logits_NV - log_sum_N.unsqueeze(1)).exp() - target_NV.to(logits_NV.dtype)) * weight_N1
+    return losses_N, gradient_NV
+
+
+def row_losses(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """Cross entropy of every row in nats, 0 where the label is ignored."""
+    loss_N = torch.nn.functional.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE, reduction="none")
+    return loss_N
+
+
+class _Product:
+    """How this head multiplies: fp32 results from 16-bit operands, natively where the device returns them.
+
+    On CUDA a 16-bit matmul hands out its fp32 accumulator. On a CPU the operands are widened: the weight gradient is a
+    sum over tokens and may not be rounded to 16 bits between pieces.
+    """
+
+    def __init__(self, weight_VD: Tensor, tf32: bool):
+        self.native = weight_VD.is_cuda and weight_VD.dtype in (torch.float16, torch.bfloat16)
+        self.tf32 = tf32
+        self.weight_VD = weight_VD if self.native else operand(weight_VD, tf32)
+
+    def enter(self, x: Tensor) -> Tensor:
+        return x if self.native else operand(x, self.tf32)
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.mm(a, b, out_dtype=torch.float32) if self.native else a @ b
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+        factor: Tensor,
+        rows: int,
+        tf32: bool,
+        pieces: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        product = _Product(weight_VD, tf32)
+        wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+        losses_N = hidden_ND.new_empty(labels_N.shape, dtype=wide)
+        grad_hidden_ND = torch.empty_like(hidden_ND)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide)
+        for start in range(0, labels_N.shape[0], rows):
+            piece = slice(start, start + rows)
+            entering = product.enter(hidden_ND[piece])
+            losses_N[piece], gradient = pieces(product(entering, product.weight_VD.t()), labels_N[piece], factor)
+            # Rounded to the format of the working gradients, then widened again where the product is emulated.
+            gradient = product.enter(gradient.to(hidden_ND.dtype))
+            grad_hidden_ND[piece] = gradient @ product.weight_VD
+            if product.native:
+                grad_weight_VD += product(gradient.t(), entering)
+            else:
+                grad_weight_VD.addmm_(gradient.t(), entering)
+        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), factor)
+        return losses_N.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None, None]:
+        grad_hidden_ND, grad_weight_VD, factor = ctx.saved_tensors
+        ratio = grad / factor  # exactly 1 when the announced factor is what arrives
+        grad_hidden_ND = (widen(grad_hidden_ND) * ratio).to(grad_hidden_ND.dtype)
+        return grad_hidden_ND, (widen(grad_weight_VD) * ratio).to(grad_weight_VD.dtype), None, None, None, None, None
+
+
+def linear_cross_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    *,
+    tf32: bool = False,
+    pieces: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = softmax_gradient,
+) -> Tensor:
+    """Sum over real targets of the cross entropy of `hidden @ weight.T`, 0-d, in nats, fp32 (fp64 for fp64).
+
+    Shapes: hidden [N, D] and weight [V, D] of one dtype, labels [N] int64 with -100 ignored. The softmax runs in fp32 on
+    fp32 logits; the gradient of the weight is accumulated in fp32 over all pieces and rounded once.
+
+    Args:
+        tf32: round the operands to tf32 first (for a CPU; a GPU does it itself).
+        pieces: `softmax_gradient`, or a compiled twin of it.
+    """
+    rows = piece_rows(labels_N.shape[0], weight_VD.shape[0], hidden_ND.device.type)
+    if torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad):
+        wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+        announced = _FACTOR.get()
+        factor = torch.ones((), dtype=wide, device=hidden_ND.device) if announced is None else announced.to(wide)
+        return _LinearCrossEntropy.apply(  # type: ignore[no-any-return, no-untyped-call]
+            hidden_ND, weight_VD, labels_N, factor, rows, tf32, pieces
+        )
+    product = _Product(weight_VD, tf32)
+    total = [
+        row_losses(product(product.enter(hidden_ND[i : i + rows]), product.weight_VD.t()), labels_N[i : i + rows])
+        for i in range(0, labels_N.shape[0], rows)
+    ]
+    return torch.cat(total).sum()

@@ -1,0 +1,60 @@
+"""The three matmuls of a linear layer, defined for hardware that cannot multiply the format itself.
+
+    output      = x      @ weight.T      [N, K] x [O, K] -> [N, O]
+    grad_input  = grad   @ weight        [N, O] x [O, K] -> [N, K]
+    grad_weight = grad.T @ x             [N, O] x [N, K] -> [O, K]
+
+Every product of two fp16 or two bf16 numbers is exact in fp32, so rounding the operands to the format and multiplying
+them in fp32 gives what a matrix unit with an fp32 accumulator gives, up to the order of summation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits.numerics.norm import widen
+from fewbits.numerics.rounding import cast
+
+
+def operand(x: Tensor, tf32: bool) -> Tensor:
+    """`x` as it enters an fp32 multiplication: 16 bits are widened; fp32 is rounded to tf32 where that is asked for.
+
+    Ties go away from zero, as the conversion instruction of the hardware does it (PTX `cvt.rna.tf32.f32`).
+    """
+    return cast(x, "tf32", rounding="nearest-away") if tf32 else widen(x)
+
+
+class _EmulatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tf32: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.tf32, ctx.bias_dtype = tf32, None if bias is None else bias.dtype
+        wide_bias = None if bias is None else widen(bias)
+        y = torch.nn.functional.linear(operand(x, tf32), operand(weight, tf32), wide_bias)
+        return y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        grad_ND = grad.reshape(-1, grad.shape[-1])
+        wide_ND = operand(grad_ND, ctx.tf32)
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (wide_ND @ operand(weight, ctx.tf32)).to(x.dtype).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            grad_weight = (wide_ND.t() @ operand(x.reshape(-1, x.shape[-1]), ctx.tf32)).to(weight.dtype)
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+            grad_bias = widen(grad_ND).sum(0).to(ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias, None
+
+
+def emulated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tf32: bool = False) -> Tensor:
+    """`x @ weight.T + bias` with operands in their 16-bit format (or tf32) and fp32 products and sums.
+
+    Shapes: x [..., K], weight [O, K], bias [O] or None; the result is [..., O] in the dtype of `x`. What is kept for
+    the backward are the stored tensors, not their fp32 copies.
+    """
+    return _EmulatedLinear.apply(x, weight, bias, tf32)  # type: ignore[no-any-return, no-untyped-call]
