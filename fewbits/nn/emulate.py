@@ -12,9 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+
+from fewbits.kernels.dispatch import emulated
+from fewbits.nn.linear import FORMAT_OF
 
 _aten = torch.ops.aten
 # Operation -> which of its results are rounded back (the log-sum-exp of attention stays fp32, as the kernel gives it).
@@ -30,7 +33,7 @@ _WIDENED: dict[Any, tuple[int, ...]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default: (0,),
     _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: (0, 1, 2),
 }
-_HALF = (torch.float16, torch.bfloat16)
+_HALF = tuple(FORMAT_OF)
 
 
 class _Emulation(TorchDispatchMode):
@@ -58,3 +61,12 @@ def emulation(active: bool) -> Iterator[None]:
         return
     with _Emulation():
         yield
+
+
+def needed(model: nn.Module) -> bool:
+    """Whether a prepared model holds modules that are not ours and 16-bit weights that its device cannot multiply."""
+    report = getattr(model, "fewbits_report", None)
+    if report is None or not report.foreign:
+        return False
+    pairs = {(p.dtype, p.device.type) for p in model.parameters() if p.dtype in FORMAT_OF}
+    return any(device == "cpu" and emulated(FORMAT_OF[dtype], device) for dtype, device in pairs)

@@ -1,0 +1,234 @@
+"""One training step as one transaction: it is applied as a whole, or it changes nothing.
+
+The loss is the mean over the real targets of all micro-batches: their number is taken first and divides the loss before
+backward, so that splitting, padding or packing do not change it. One pass measures norm and finiteness; unscaling and
+clipping are one factor inside the update; only then does the loss scale move. On CUDA the host never waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.errors import FewbitsError
+from fewbits.nn.emulate import emulation, needed
+from fewbits.numerics.loss import IGNORE, gradient_factor
+from fewbits.numerics.norm import widen
+from fewbits.numerics.random import keyed_random
+from fewbits.optim.base import Optimizer
+from fewbits.optim.clip import KINDS, coefficient, measure
+from fewbits.optim.loss_scale import LossScale, parse
+from fewbits.optim.schedule import Schedule
+from fewbits.precision.precision import Precision
+from fewbits.precision.switches import torch_switches
+
+MicroBatch = Mapping[str, Tensor]
+Loss = Callable[[nn.Module, MicroBatch], Tensor]
+
+
+class StepResult(NamedTuple):
+    """What one step did, as 0-d tensors on the device: read them when you need them, reading waits."""
+
+    loss: Tensor
+    """Mean over the real targets of this step, before the update, in nats."""
+    grad_norm: Tensor
+    """Norm of the unscaled gradient before clipping, in the kind that clips (the 2-norm when clipping by value)."""
+    loss_scale: Tensor
+    """The scale that multiplied this loss."""
+    applied: Tensor
+    """Whether the update happened."""
+
+
+def causal_loss(model: nn.Module, micro_batch: MicroBatch) -> Tensor:
+    """Sum of the cross entropies over labels that are not -100, in fp32 or wider; labels are aligned with the outputs."""
+    if hasattr(model, "loss_sum"):
+        return model.loss_sum(micro_batch)  # type: ignore[no-any-return]
+    output = model(**{key: value for key, value in micro_batch.items() if key != "labels"})
+    logits = widen(getattr(output, "logits", output))
+    labels = micro_batch["labels"].flatten()
+    return nn.functional.cross_entropy(logits.flatten(0, -2), labels, ignore_index=IGNORE, reduction="sum")
+
+
+def real_targets(micro_batches: Sequence[MicroBatch]) -> Tensor:
+    """Number of real targets of the step, at least 1, 0-d, on the device: integer labels that are not -100, or all."""
+    counts = [
+        (labels.new_full((), labels.numel()) if labels.is_floating_point() else (labels != IGNORE).sum()).double()
+        for labels in (micro_batch["labels"] for micro_batch in micro_batches)
+    ]
+    return torch.stack(counts).sum().clamp(min=1)
+
+
+class Step:
+    """`step(micro_batches)`: forward, backward, unscale, clip, update, and the loss scale, in the only right order.
+
+    Args:
+        model: prepared by `fewbits.prepare` (an unprepared fp32 model will do for fp32).
+        optimizer: one of fewbits, over the parameters of the model.
+        precision: the one the model was prepared for.
+        loss: `loss(model, micro_batch)` returns the sum over real targets in fp32 or wider; default `causal_loss`.
+        clip: largest norm (or value); None or 0 does not clip.
+        clip_kind: "norm" (2-norm), "inf" (largest element; the whole gradient is rescaled) or "value" (each element).
+        loss_scale: a loss scale; default is the precision's.
+        schedule: factor of the learning rate by number of applied steps; default constant.
+        seed: keys the random numbers (dropout) of every micro-batch, together with the attempt.
+
+    Raises:
+        FewbitsError: model, optimizer and precision contradict each other.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        precision: str | Precision,
+        loss: Loss | None = None,
+        clip: float | None = 1.0,
+        clip_kind: str = "norm",
+        loss_scale: LossScale | None = None,
+        schedule: Schedule | None = None,
+        seed: int = 0,
+    ):
+        self.precision = Precision.parse(precision) if isinstance(precision, str) else precision
+        self.model, self.optimizer, self.loss, self.seed = model, optimizer, loss or causal_loss, seed
+        self.parameters = check(model, optimizer, self.precision)
+        if clip_kind not in KINDS or (clip is not None and not 0 <= clip < float("inf")):
+            raise FewbitsError(f"clip={clip}, clip_kind={clip_kind!r}: give a number from 0 up and one of {', '.join(KINDS)}.")
+        self.clip, self.clip_kind = clip or None, clip_kind
+        optimizer.resolve_master(self.precision.resolved_master().value)
+        self.device = self.parameters[0].device
+        self.scale = loss_scale or parse(self.precision.loss_scale)
+        self.scale.init(self.device)
+        wide = torch.float64 if self.precision.reduction.name == "fp64" else torch.float32
+        table = [1.0] if schedule is None else schedule.table()
+        self.lr_table = torch.as_tensor(table, dtype=torch.float64).to(self.device, wide)
+        self.latched = torch.zeros((), dtype=torch.bool, device=self.device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.attempts = 0
+        self.accumulators: dict[nn.Parameter, Tensor] = {}
+
+    def __call__(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
+        """Takes one step over all micro-batches of it, each {"input_ids", "labels", ...} on the device of the model."""
+        if not micro_batches:
+            raise FewbitsError("a step got no micro-batches; give at least one.")
+        scale = self.scale.value.clone()
+        with torch_switches(self.precision, self.device), emulation(needed(self.model)):
+            loss = self._forward_backward(micro_batches, scale)
+        gradients = self._gradients()
+        inv_scale = scale.to(self.lr_table.dtype).reciprocal()
+        grad_norm = measure(list(gradients.values()), self.clip_kind) * inv_scale
+        finite = torch.isfinite(grad_norm) & torch.isfinite(loss)
+        applied = finite & ~self.latched
+        factor, by_value = inv_scale, self.clip if self.clip_kind == "value" else None
+        if self.clip is not None and by_value is None:
+            factor = inv_scale * coefficient(grad_norm, self.clip)
+        self.optimizer.apply(
+            factor=factor, applied=applied, lr_factor=self.lr_factor(), clip_value=by_value, gradients=gradients
+        )
+        self.latched |= ~torch.isfinite(loss) | (~finite & ~self.scale.can_cure())
+        self.scale.update_(finite | self.latched)
+        self.skipped += ~applied
+        self.attempts += 1
+        self._clear()
+        return StepResult(loss, grad_norm, scale, applied)
+
+    def lr_factor(self) -> Tensor:
+        """Factor of the learning rate for the next update, 0-d: the schedule at the number of applied steps."""
+        index = self.optimizer.applied_steps.to(self.device).clamp(max=len(self.lr_table) - 1)
+        return self.lr_table.index_select(0, index.view(1)).squeeze(0)
+
+    def release(self) -> None:
+        """Opens the latch: the host has looked at the non-finite loss or gradients and wants to go on."""
+        self.latched.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, latch and loss scale as plain numbers. Reading them waits for the device."""
+        return {
+            "attempts": self.attempts,
+            "skipped": int(self.skipped),
+            "latched": bool(self.latched),
+            "loss_scale": self.scale.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` gave, exactly."""
+        self.attempts = int(state["attempts"])
+        self.skipped.fill_(int(state["skipped"]))
+        self.latched.fill_(bool(state["latched"]))
+        self.scale.load_state_dict(state["loss_scale"])
+
+    def _forward_backward(self, micro_batches: Sequence[MicroBatch], scale: Tensor) -> Tensor:
+        count = real_targets(micro_batches)
+        factor = (scale.double() / count).to(self.lr_table.dtype)
+        total = torch.zeros((), dtype=self.lr_table.dtype, device=self.device)
+        for index, micro_batch in enumerate(micro_batches):
+            with keyed_random(self.device, self.seed, self.attempts, index), gradient_factor(factor):
+                loss_sum = self.loss(self.model, micro_batch)
+                if loss_sum.dtype.itemsize < 4:
+                    raise FewbitsError(f"the loss came as {loss_sum.dtype}; return the sum over real targets in fp32.")
+                (loss_sum * factor).backward()  # type: ignore[no-untyped-call]
+            total += loss_sum.detach()
+            if len(micro_batches) > 1:
+                self._accumulate(first=index == 0)
+        return total / count.to(total.dtype)
+
+    @torch.no_grad()
+    def _accumulate(self, first: bool) -> None:
+        """Moves 16-bit gradients into fp32 accumulators: in bf16, 256 + 1 = 256. Wider ones add up in .grad itself."""
+        if first:
+            for accumulator in self.accumulators.values():
+                accumulator.zero_()
+        for parameter in self.parameters:
+            if parameter.grad is None or parameter.grad.dtype.itemsize >= 4:
+                continue
+            if parameter not in self.accumulators:
+                self.accumulators[parameter] = torch.zeros_like(parameter.grad, dtype=torch.float32)
+            self.accumulators[parameter] += parameter.grad
+            parameter.grad = None
+
+    def _gradients(self) -> dict[nn.Parameter, Tensor]:
+        """The gradient of every parameter that got one, from its accumulator or its .grad."""
+        found = {}
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                found[parameter] = parameter.grad
+            elif parameter in self.accumulators:
+                found[parameter] = self.accumulators[parameter]
+        if not found:
+            raise FewbitsError("no parameter got a gradient; the loss does not depend on the parameters of the model.")
+        return found
+
+    def _clear(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+def check(model: nn.Module, optimizer: Optimizer, precision: Precision) -> list[nn.Parameter]:
+    """The trainable parameters of `model`; raises FewbitsError where model, optimizer and precision contradict."""
+    if not isinstance(optimizer, Optimizer):
+        raise FewbitsError(
+            f"Step got {type(optimizer).__module__}.{type(optimizer).__name__}, which keeps neither master weights nor "
+            "fp32 moments; use fewbits.AdamW or fewbits.SGD."
+        )
+    prepared = getattr(model, "fewbits_precision", None)
+    if prepared is None and precision.name not in ("fp32", "tf32"):
+        raise FewbitsError(f"the model is not prepared; call fewbits.prepare(model, '{precision}') before the optimizer is made.")
+    if prepared is not None and prepared.working != precision.working:
+        raise FewbitsError(f"the model is prepared as {prepared} and Step was given {precision}; use one of them for both.")
+    mine = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not mine:
+        raise FewbitsError("the model has no trainable parameter; set requires_grad on what should learn.")
+    if len(devices := {parameter.device for parameter in mine}) > 1:
+        raise FewbitsError(f"the parameters lie on {', '.join(map(str, devices))}; move the model to one device.")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if missing := [names[id(p)] for p in mine if id(p) not in held]:
+        raise FewbitsError(
+            f"the optimizer does not hold {missing[0]} (and {len(missing) - 1} more); give it all trainable parameters, "
+            "or set requires_grad to False on what should stay."
+        )
+    if held - set(names):
+        raise FewbitsError("the optimizer holds parameters of another model; make it from this model's parameters.")
+    return mine
