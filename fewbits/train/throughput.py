@@ -1,0 +1,66 @@
+"""Speed of a training, honestly: tokens over wall time, milliseconds a step, and model FLOPs utilization.
+
+MFU is the FLOPs that the model needs (not those that ran: recomputation and emulation do not count) over the dense peak
+of the device for the format that was multiplied. Where the peak is not known it is null, never a guess.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from fewbits.formats import Format
+from fewbits.kernels.dispatch import matmul_execution
+from fewbits.precision.hardware import describe, peak_flops
+
+FORMULA = "6 N + 6 L D T FLOPs a token: N multiplied weights, L layers, D wide, T tokens of causal context"
+
+
+def running_format(operand: Format, device: torch.device) -> Format:
+    """The format whose speed counts: `operand`, or fp32 where its products are emulated there."""
+    return operand if matmul_execution(operand, device).value == "native" else Format.parse("fp32")
+
+
+def device_peak(operand: Format, device: torch.device) -> float | None:
+    """Dense peak of `device` in FLOP/s for matmuls of `operand` as they run there, or None when it is not known."""
+    return peak_flops(describe(device), running_format(operand, device))
+
+
+def mfu(flops_per_token: float, tokens_per_second: float | None, peak: float | None) -> float | None:
+    """Model FLOPs utilization as a fraction of the peak, or None when either is unknown.
+
+    >>> mfu(1e9, 1e5, 1e15)
+    0.1
+    """
+    if peak is None or not tokens_per_second:
+        return None
+    return flops_per_token * tokens_per_second / peak
+
+
+class Stopwatch:
+    """Time spent in steps: runs between `start` and `pause`, so that evaluation, samples and saving do not count."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._spent = 0.0
+
+    def start(self) -> None:
+        """Go on counting."""
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        """Stop counting until `start`."""
+        if self._since is not None:
+            self._spent += time.perf_counter() - self._since
+            self._since = None
+
+    def take(self) -> float:
+        """Seconds counted since the last `take`."""
+        now = time.perf_counter()
+        spent = self._spent + (0.0 if self._since is None else now - self._since)
+        self._spent = 0.0
+        if self._since is not None:
+            self._since = now
+        return spent
