@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from fewbits.checkpoint.disk import PIECE
@@ -28,8 +27,10 @@ from fewbits.checkpoint.manifest import (
 )
 from fewbits.checkpoint.save import CheckpointWarning
 from fewbits.checkpoint.schema import check, check_version, load_json
-from fewbits.checkpoint.tensors import parse_tensors
+from fewbits.checkpoint.tensors import read_tensors
 from fewbits.errors import FewbitsError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Checkpoint:
     path: Path
     step: int
     model: dict[str, Tensor]
-    """CPU tensors in the stored dtypes, views of one buffer that is nobody else's."""
+    """CPU tensors in the stored dtypes, each in a storage of its own."""
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
     files: dict[str, bytes]
@@ -145,16 +146,17 @@ def _read(folder: Path) -> Checkpoint:
     entries: dict[str, dict[str, Any]] = manifest["files"]
     for name, entry in entries.items():  # sizes first: a truncated file is found without reading gigabytes
         _check_size(folder / name, entry["bytes"])
-    buffers = {name: _read_verified(folder / name, **entry) for name, entry in entries.items()}
-    model, optimizer = (_tensors(name, buffers.pop(name)) for name in (MODEL, OPTIMIZER))
-    files = {name: buffer.numpy().tobytes() for name, buffer in buffers.items()}
+    tensors = {name: _verified(folder / name, read_tensors, **entries[name]) for name in (MODEL, OPTIMIZER)}
+    files = {name: _verified(folder / name, _read_all, **entries[name]) for name in entries if name not in tensors}
     state = load_json(files.pop(STATE))
     check_version(state.get("schema"), STATE_VERSION, str(folder / STATE))
     check(state, {"schema": str, "step": int, "state": {str: object}}, str(folder / STATE))
     if manifest["step"] != state["step"] or step_of(folder) not in (None, state["step"]):  # None: a copy elsewhere
         raise Damaged(f"it holds step {manifest['step']}, so the folder was renamed")
     _warn_of_extra(folder, entries)
-    return Checkpoint(folder, state["step"], model, optimizer, state["state"], files, manifest["save_dtype"])
+    return Checkpoint(
+        folder, state["step"], tensors[MODEL], tensors[OPTIMIZER], state["state"], files, manifest["save_dtype"]
+    )
 
 
 def _check_size(path: Path, expected: int) -> None:
@@ -168,30 +170,35 @@ def _check_size(path: Path, expected: int) -> None:
         raise Damaged(f"{path.name} is {'cut off' if size < expected else 'too long'} ({size} of {expected} bytes)")
 
 
-def _read_verified(path: Path, bytes: int, sha256: str) -> Tensor:
-    """The file as uint8 [bytes], exactly the bytes that were hashed. Errors: Damaged."""
-    buffer = torch.empty(bytes, dtype=torch.uint8)
-    view, digest, filled = buffer.numpy().data, hashlib.sha256(), 0
+def _verified(path: Path, read: Callable[[Callable[[memoryview], None], int], T], bytes: int, sha256: str) -> T:
+    """What `read` makes of a file of so many bytes, given out only when they are the ones saved. Errors: Damaged."""
+    digest = hashlib.sha256()
     try:
         with open(path, "rb", buffering=0) as handle:
-            while filled < bytes:
-                count = handle.readinto(view[filled : filled + PIECE])
-                if not count:
-                    raise Damaged(f"{path.name} is cut off ({filled} of {bytes} bytes)")
-                digest.update(view[filled : filled + count])
-                filled += count
+
+            def fill(target: memoryview) -> None:
+                filled = 0
+                while filled < len(target):
+                    count = handle.readinto(target[filled : filled + PIECE])
+                    if not count:
+                        raise ValueError("it is cut off")
+                    digest.update(target[filled : filled + count])
+                    filled += count
+
+            result = read(fill, bytes)
     except OSError as error:
         raise Damaged(f"{path.name} cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise Damaged(f"{path.name} was changed ({error})") from None
     if digest.hexdigest() != sha256:
         raise Damaged(f"{path.name} was changed (its sha256 is not the one in {MANIFEST})")
-    return buffer
+    return result
 
 
-def _tensors(name: str, buffer: Tensor) -> dict[str, Tensor]:
-    try:
-        return parse_tensors(buffer)[0]
-    except ValueError as error:
-        raise Damaged(f"{name} cannot be read: {error}") from None
+def _read_all(fill: Callable[[memoryview], None], size: int) -> bytes:
+    content = bytearray(size)
+    fill(memoryview(content))
+    return bytes(content)
 
 
 def _warn_of_extra(folder: Path, entries: Mapping[str, object]) -> None:

@@ -1,8 +1,8 @@
-"""Tensors to and from safetensors bytes: one tensor at a time out, one verified buffer in.
+"""Tensors to and from safetensors bytes, one tensor at a time, so that whoever moves the bytes can hash them.
 
 The layout is that of safetensors: 8 bytes little-endian header length, a JSON header {name: {dtype, shape,
 data_offsets}}, the data. Its own writer would hold a second copy of the model and hash nothing; these few lines stream
-from any device and read exactly the bytes that were hashed. Nothing here can run code.
+from any device, and what is read is exactly the bytes that were hashed. Nothing here can run code.
 Source: https://github.com/huggingface/safetensors, "Format".
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 
 import torch
@@ -34,7 +34,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_ALIGNMENT = 64  # of the first data byte, so that wide loads of a tensor in the read buffer stay aligned
+_ALIGNMENT = 64  # of the first data byte, so that whoever maps the file into memory gets aligned tensors
 
 
 def tensor_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
@@ -65,30 +65,37 @@ def tensor_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
             yield flat.view(torch.uint8).numpy().data
 
 
-def parse_tensors(buffer: Tensor) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a whole file in `buffer` (uint8 [bytes]). The tensors are views of it.
+def read_tensors(fill: Callable[[memoryview], None], size: int) -> dict[str, Tensor]:
+    """The tensors of a file of `size` bytes, each in a storage of its own, from a reader that fills what it is given.
 
-    Errors: ValueError when the bytes are not a safetensors file."""
-    if len(buffer) < 8:
-        raise ValueError("it is shorter than a safetensors header")
-    (length,) = struct.unpack("<Q", buffer[:8].numpy().tobytes())
-    if length > len(buffer) - 8:
+    Nothing in the file is trusted: a changed header raises before more than the file's size is allocated.
+    Errors: ValueError when the bytes are not a safetensors file without holes."""
+    first = bytearray(min(8, size))
+    fill(memoryview(first))
+    length = struct.unpack("<Q", first)[0] if size >= 8 else size
+    if length > size - 8:
         raise ValueError("its header is longer than the file")
+    text = bytearray(length)
+    fill(memoryview(text))
     try:
-        header = json.loads(buffer[8 : 8 + length].numpy().tobytes().decode())
-        metadata = header.pop("__metadata__", {})
-        data = buffer[8 + length :]
-        tensors = {name: _tensor(data, **entry) for name, entry in header.items()}
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, RecursionError) as error:
+        header = json.loads(text.decode())
+        header.pop("__metadata__", None)
+        entries = [
+            (*map(int, entry["data_offsets"]), DTYPES[entry["dtype"]], [int(length) for length in entry["shape"]], name)
+            for name, entry in header.items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"its header is not one of safetensors ({error})") from None
-    return tensors, metadata
-
-
-def _tensor(data: Tensor, dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor:
-    kind, (start, end) = DTYPES[dtype], data_offsets
-    if not 0 <= start <= end <= len(data) or end - start != prod(shape) * kind.itemsize:
-        raise ValueError("its header and its data do not fit each other")
-    part = data[start:end]
-    if part.storage_offset() % kind.itemsize:  # another writer need not align; ours does
-        part = part.clone()
-    return part.view(kind).reshape(shape)
+    tensors, position = {}, 0
+    for start, end, dtype, shape, name in sorted(entries, key=lambda entry: entry[:2]):
+        if start != position or min(shape, default=1) < 0 or end - start != prod(shape) * dtype.itemsize:
+            raise ValueError(f"the entry of {name} does not fit its data")
+        if end > size - 8 - len(text):
+            raise ValueError("its data is shorter than its header says")
+        tensor, position = torch.empty(shape, dtype=dtype), end
+        if end > start:
+            fill(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        tensors[name] = tensor
+    if position != size - 8 - len(text):
+        raise ValueError("its data is longer than its header says")
+    return tensors
