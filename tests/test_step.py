@@ -1,0 +1,279 @@
+"""The step is a transaction: right order, right sums, all or nothing."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+import fewbits
+from fewbits import SGD, AdamW, DynamicScale, FewbitsError, ModelConfig, NoScale, StaticScale, Step, Transformer
+from fewbits.numerics.random import keyed_random
+
+TINY = ModelConfig(vocab_size=61, context=32, n_layer=2, n_head=2, n_embd=32)
+PRECISIONS = ["fp32", "tf32", "fp16-mixed", "bf16-mixed", "fp16-true", "bf16-true", "fp64"]
+
+
+def batch(seed: int = 0, rows: int = 8, length: int = 16) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(61, (rows, length + 1), generator=generator)
+    return {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:].contiguous()}
+
+
+def split(whole: dict[str, torch.Tensor], pieces: int) -> list[dict[str, torch.Tensor]]:
+    chunks = {key: value.chunk(pieces) for key, value in whole.items()}
+    return [{key: chunks[key][i] for key in chunks} for i in range(pieces)]
+
+
+def trained(precision: str, steps: int = 4, pieces: int = 1, config: ModelConfig = TINY, make=AdamW, **options):
+    model = fewbits.prepare(Transformer(config), precision)
+    optimizer = make(model.named_parameters(), lr=1e-2)
+    step = Step(model, optimizer, precision, **options)
+    results = [step(split(batch(i), pieces)) for i in range(steps)]
+    return model, optimizer, step, results
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_precision_learns_a_batch(precision):
+    model = fewbits.prepare(Transformer(TINY), precision)
+    step = Step(model, AdamW(model.parameters(), lr=3e-3), precision)
+    losses = [float(step([batch()]).loss) for _ in range(30)]
+    assert losses[-1] < losses[0] - 1.0
+    assert int(step.optimizer.applied_steps) == 30 - int(step.skipped)
+
+
+def gradients_of(micro_batches, config=TINY):
+    """Loss and gradients as the optimizer would see them, in fp64."""
+    model = fewbits.prepare(Transformer(config), "fp64")
+    seen = {}
+
+    class Spy(SGD):
+        def apply(self, **kwargs):
+            names = {p: n for n, p in model.named_parameters()}
+            seen.update({names[p]: g.clone() for p, g in kwargs["gradients"].items()})
+            super().apply(**kwargs)
+
+    step = Step(model, Spy(model.parameters(), lr=0.0), "fp64", clip=None)
+    return step(micro_batches).loss, seen
+
+
+def equal_to_1e10(a, b):
+    torch.testing.assert_close(a[0], b[0], rtol=1e-10, atol=0)
+    assert a[1].keys() == b[1].keys()
+    for name in a[1]:
+        torch.testing.assert_close(a[1][name], b[1][name], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("pieces", [2, 4, 8])
+def test_loss_and_gradients_do_not_change_when_the_batch_is_split(pieces):
+    whole = batch()
+    whole["labels"][3, 5:] = -100  # uneven numbers of real targets
+    equal_to_1e10(gradients_of([whole]), gradients_of(split(whole, pieces)))
+
+
+def test_loss_and_gradients_do_not_change_when_padded_or_with_a_fully_masked_micro_batch():
+    whole = batch()
+    padded = {
+        "input_ids": torch.nn.functional.pad(whole["input_ids"], (0, 5), value=7),
+        "labels": torch.nn.functional.pad(whole["labels"], (0, 5), value=-100),
+    }
+    masked = {"input_ids": whole["input_ids"], "labels": torch.full_like(whole["labels"], -100)}
+    expected = gradients_of([whole])
+    no_positions = {n: g for n, g in expected[1].items() if n != "positions.weight"}
+    for other in ([padded], [whole, masked], [masked, whole]):
+        loss, seen = gradients_of(other)
+        equal_to_1e10((expected[0], no_positions), (loss, {n: g for n, g in seen.items() if n in no_positions}))
+
+
+def test_loss_and_gradients_do_not_change_when_documents_are_packed():
+    long, short = batch(1, 1, 16), batch(2, 1, 12)
+    apart = [long, short]
+    packed = {key: torch.cat((long[key], short[key]), 1) for key in long}
+    packed["documents"] = torch.tensor([[0] * 16 + [1] * 12], dtype=torch.int32)
+    packed["positions"] = torch.tensor([[*range(16), *range(12)]])
+    equal_to_1e10(gradients_of(apart), gradients_of([packed]))
+
+
+def test_a_step_without_any_target_changes_nothing_but_decay():
+    model, _, step, _ = trained("fp32", 1)
+    nothing = batch()
+    nothing["labels"].fill_(-100)
+    result = step([nothing])
+    assert float(result.loss) == 0.0 and float(result.grad_norm) == 0.0
+
+
+@pytest.mark.parametrize("precision", ["fp16-mixed", "bf16-mixed", "fp32"])
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_a_scaled_step_is_the_unscaled_one_while_values_stay_normal(precision, pieces):
+    # Gradients of this model lie far inside the normal range of bf16 and fp32. In fp16 small ones are subnormal without
+    # a scale, so scales that lift everything are compared with each other.
+    scales = [NoScale(), StaticScale(2.0**6)] if precision != "fp16-mixed" else [StaticScale(2.0**11), StaticScale(2.0**12)]
+    (a, _, _, ra), (b, _, _, rb) = (trained(precision, 3, pieces, loss_scale=scale) for scale in scales)
+    same = [torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True)]
+    if precision == "fp16-mixed":  # a few gradients stay subnormal at any scale that does not overflow
+        assert sum(same) >= len(same) // 2
+    else:
+        assert all(same)
+    assert [float(x.loss) for x in ra][:1] == [float(x.loss) for x in rb][:1]
+
+
+def test_without_a_scale_small_gradients_vanish_in_fp16_and_with_one_they_do_not():
+    def moved(scale):
+        model = fewbits.prepare(torch.nn.Linear(4, 1, bias=False), "fp16-mixed")
+        step = Step(
+            model, SGD(model.parameters(), lr=1e6, momentum=0.0), "fp16-mixed", clip=None, loss_scale=scale,
+            loss=lambda m, b: (m(b["x"]).float() * 1e-8).sum(),
+        )  # fmt: skip
+        before = step.optimizer.exact_weight(model.weight).clone()
+        assert bool(step([{"x": torch.ones(1, 4), "labels": torch.zeros(1, dtype=torch.int64)}]).applied)
+        return (step.optimizer.exact_weight(model.weight) - before).abs().max()
+
+    assert float(moved(NoScale())) == 0.0
+    assert float(moved(StaticScale(2.0**16))) == pytest.approx(1e-2, rel=2.0**-10)
+
+
+def snapshot(model, optimizer):
+    state = optimizer.state_dict()
+    return copy.deepcopy(({k: v.clone() for k, v in model.state_dict().items()}, state))
+
+
+def equal_trees(a, b):
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal_trees(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal_trees, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("precision", ["fp16-mixed", "bf16-mixed", "bf16-true", "fp32"])
+def test_a_skipped_step_changes_no_weight_no_moment_and_not_the_count(precision):
+    model, optimizer, step, _ = trained(precision, 2, loss_scale=DynamicScale(initial=2.0**8))
+    before = snapshot(model, optimizer)
+    poison = model.norm.weight.register_hook(lambda grad: grad * float("inf"))
+    result = step([batch()])
+    poison.remove()
+    assert not bool(result.applied) and int(step.skipped) == 1
+    assert equal_trees(before, snapshot(model, optimizer))
+    assert float(result.loss_scale) == 2.0**8 and float(step.scale.value) == 2.0**7
+    assert bool(step([batch()]).applied)
+
+
+def test_the_scale_moves_only_after_it_has_unscaled():
+    # growth every step: each update must be that of the unscaled run
+    growing = DynamicScale(initial=2.0**4, interval=1)
+    (a, _, _, ra), (b, _, _, _) = (trained("bf16-mixed", 4, loss_scale=s) for s in (growing, NoScale()))
+    assert [float(r.loss_scale) for r in ra] == [2.0**4, 2.0**5, 2.0**6, 2.0**7]
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_a_non_finite_loss_latches_until_the_host_has_looked():
+    model, optimizer, step, _ = trained("bf16-mixed", 2)
+    sound = model.norm.weight.data.clone()
+    model.norm.weight.data.fill_(float("nan"))
+    assert not bool(step([batch()]).applied) and bool(step.latched)
+    model.norm.weight.data.copy_(sound)
+    assert not bool(step([batch()]).applied), "the latch holds although the loss is finite again"
+    step.release()
+    assert bool(step([batch()]).applied)
+
+
+def test_gradients_that_no_scale_can_cure_latch():
+    model, _, step, _ = trained("bf16-mixed", 1)
+    model.norm.weight.register_hook(lambda grad: grad * float("nan"))
+    assert not bool(step([batch()]).applied) and bool(step.latched)
+
+
+def test_accumulation_keeps_what_16_bits_would_lose():
+    # 256 + 1 = 256 in bf16: 4 micro-batches whose gradients are 256, 1, 1, 1
+    model = fewbits.prepare(torch.nn.Linear(1, 1, bias=False), "bf16-mixed")
+    step = Step(
+        model, SGD(model.parameters(), lr=1.0, momentum=0.0), "bf16-mixed", clip=None,
+        loss=lambda m, b: m(b["x"]).float().sum(),
+    )  # fmt: skip
+    micro = [{"x": torch.tensor([[v]]), "labels": torch.zeros(1, dtype=torch.int64)} for v in (256.0, 1.0, 1.0, 1.0)]
+    assert float(step(micro).grad_norm) == pytest.approx(259 / 4, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("inf", [1.0, 0.1]), ("value", [1.0, 1.0]), ("norm", [10 / 101**0.5, 1 / 101**0.5])]
+)
+def test_clipping_by_norm_by_largest_element_and_by_value(kind, expected):
+    model = torch.nn.Linear(2, 1, bias=False)
+    before = model.weight.detach().clone()
+    step = Step(
+        model, SGD(model.parameters(), lr=1.0, momentum=0.0), "fp32", clip=1.0, clip_kind=kind,
+        loss=lambda m, b: m(b["x"]).sum(),
+    )  # fmt: skip
+    step([{"x": torch.tensor([[10.0, 1.0]]), "labels": torch.zeros(1, dtype=torch.int64)}])
+    torch.testing.assert_close((before - model.weight).detach()[0], torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_dropout_repeats_from_seed_and_attempt_alone(precision):
+    config = ModelConfig(vocab_size=61, context=32, n_layer=1, n_head=2, n_embd=32, dropout=0.3)
+
+    def run(disturb):
+        model = fewbits.prepare(Transformer(config), precision)
+        step = Step(model, AdamW(model.parameters(), lr=1e-3), precision, seed=5)
+        losses = []
+        for i in range(3):
+            if disturb:
+                torch.rand(17)
+            losses.append(float(step(split(batch(i), 2)).loss))
+        return losses
+
+    assert run(False) == run(True)
+
+
+def test_the_step_leaves_the_global_generator_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    with keyed_random(torch.device("cpu"), 1, 2, 3):
+        torch.rand(100)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_neighbouring_keys_draw_different_numbers():
+    def draw(*key):
+        with keyed_random(torch.device("cpu"), *key):
+            return float(torch.rand(()))
+
+    keys = list(itertools.product(range(4), range(4), range(4)))
+    assert len({draw(*key) for key in keys}) == len(keys)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "fp16-mixed"])
+def test_a_transformers_model_trains_unchanged(precision):
+    transformers = pytest.importorskip("transformers")
+    shape = dict(vocab_size=61, n_positions=32, n_embd=32, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape))
+    model = fewbits.prepare(model, precision)
+    step = Step(model, AdamW(model.parameters(), lr=3e-3), precision)
+    losses = [float(step([batch()]).loss) for _ in range(15)]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def prepared(precision="bf16-mixed"):
+    return fewbits.prepare(Transformer(TINY), precision)
+
+
+def test_contradictions_are_one_sentence_each():
+    model = prepared()
+    cases = [
+        (lambda: Step(model, torch.optim.AdamW(model.parameters()), "bf16-mixed"), "fewbits.AdamW"),
+        (lambda: Step(model, AdamW(model.parameters(), lr=1e-3), "fp16-mixed"), "prepared as bf16-mixed"),
+        (lambda: Step(Transformer(TINY), AdamW(Transformer(TINY).parameters(), lr=1e-3), "bf16-mixed"), "not prepared"),
+        (lambda: Step(model, AdamW([model.embed.weight], lr=1e-3), "bf16-mixed"), "does not hold"),
+        (lambda: Step(model, AdamW(model.parameters(), lr=1e-3, master="none"), "bf16-mixed"), "master"),
+        (lambda: Step(model, AdamW(model.parameters(), lr=1e-3), "bf16-mixed", clip_kind="l7"), "clip"),
+        (lambda: Step(model, AdamW(model.parameters(), lr=1e-3), "bf16-mixed", clip=float("nan")), "clip"),
+        (lambda: fewbits.prepare(model, "fp32"), "prepared as bf16-mixed already"),
+    ]
+    for make, said in cases:
+        with pytest.raises(FewbitsError, match=said):
+            make()
