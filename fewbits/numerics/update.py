@@ -1,0 +1,93 @@
+"""What an optimizer does to a weight, as pieces: split masters, ties-away rounding, and the update rules.
+
+All arithmetic here is fp32 (fp64 for fp64 weights). The rules use only operations that round once (add, subtract,
+multiply, divide, square root; no fused multiply-add, lerp, addcmul or addcdiv): an element then has one result however the
+tensor is cut, grouped, sharded or vectorized, and every master kind shares these same lines, which is why the split and the
+fp32 master agree bit for bit. A compiler on CUDA may still fuse a multiplication into an addition, the same way for every kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+BF16_QUIET_NAN = 0x7FC0
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a weight of `dtype` is updated: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def split_master(exact: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 -> (bf16 working weight, int16 remainder), of the same shape, without loss.
+
+    working = nearest, ties away from zero, on the bits: (bits + 0x8000) >> 16; remainder = bits - (working << 16), which fits a
+    signed 16-bit integer exactly because a tie goes up. Values that round beyond the largest bf16 become inf in the working
+    weight only. Every NaN becomes the quiet NaN with remainder 0 (CUDA's own NaN, 0x7FFFFFFF, would carry into the sign).
+    """
+    bits = exact.view(torch.int32)
+    top = (bits + 0x8000) >> 16
+    nan = exact != exact
+    remainder = (bits - (top << 16)).to(torch.int16).masked_fill(nan, 0)
+    return top.to(torch.int16).masked_fill(nan, BF16_QUIET_NAN).view(torch.bfloat16), remainder
+
+
+def join_master(working: Tensor, remainder: Tensor) -> Tensor:
+    """(bf16, int16) -> the fp32 master that `split_master` took apart, bit for bit (NaN stays NaN)."""
+    return ((working.view(torch.int16).to(torch.int32) << 16) + remainder.to(torch.int32)).view(torch.float32)
+
+
+def round_away(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 or fp64 -> `dtype`, to nearest, ties away from zero, overflow to inf, subnormals kept.
+
+    bf16 and fp16 come from fp32; for `dtype` = that of `exact` the tensor itself is returned.
+    """
+    if dtype == exact.dtype:
+        return exact
+    if dtype == torch.bfloat16:
+        return split_master(exact)[0]
+    near = exact.to(dtype)  # nearest, ties to even: right except where a tie went towards zero
+    further = (near.view(torch.int16) + 1).view(dtype)  # the next value away from zero (fp16 is sign and magnitude)
+    # Both differences are exact where they are equal: then `exact` is the midpoint (Sterbenz). A tie that already went
+    # away has its other neighbour towards zero and compares unequal; inf and NaN compare unequal too.
+    size = exact.abs()
+    tie = (further.to(exact.dtype).abs() - size) == (size - near.to(exact.dtype).abs())
+    return torch.where(tie, further, near)
+
+
+def adamw_(weight: Tensor, gradient: Tensor, moments: Sequence[Tensor], scalars: Sequence[Tensor]) -> None:
+    """One AdamW update in place, decoupled decay first (Loshchilov & Hutter 2019, in the order torch.optim.AdamW uses).
+
+    weight, gradient, moments = (exp_avg, exp_avg_sq): one shape, one dtype, fp32 or fp64; `gradient` is consumed.
+    scalars, 0-d of that dtype: (1 - lr * weight_decay, 0, 1 - beta1, beta2, 1 - beta2, sqrt(1 - beta2^n), eps, lr / (1 - beta1^n)).
+    """
+    weight.mul_(scalars[0])
+    _adam_(weight, gradient, moments, scalars)
+
+
+def adam_(weight: Tensor, gradient: Tensor, moments: Sequence[Tensor], scalars: Sequence[Tensor]) -> None:
+    """One Adam update in place, with L2 decay in the gradient (Kingma & Ba 2015); scalars as in `adamw_`, [1] = weight_decay."""
+    gradient.add_(weight * scalars[1])
+    _adam_(weight, gradient, moments, scalars)
+
+
+def _adam_(weight: Tensor, gradient: Tensor, moments: Sequence[Tensor], scalars: Sequence[Tensor]) -> None:
+    exp_avg, exp_avg_sq = moments
+    _, _, keep1, beta2, keep2, correction2, eps, rate = scalars
+    exp_avg.add_((gradient - exp_avg).mul_(keep1))
+    exp_avg_sq.mul_(beta2).add_((gradient * keep2).mul_(gradient))
+    denominator = exp_avg_sq.sqrt().div_(correction2).add_(eps)
+    weight.sub_((exp_avg * rate).div_(denominator))
+
+
+def sgd_(weight: Tensor, gradient: Tensor, moments: Sequence[Tensor], scalars: Sequence[Tensor]) -> None:
+    """One step of SGD in place, decay in the gradient, momentum as torch.optim.SGD (dampening 0): moments = (momentum_buffer,)
+    or () without momentum; scalars, 0-d: (lr, weight_decay, momentum). `gradient` is consumed."""
+    lr, decay, momentum = scalars
+    gradient.add_(weight * decay)
+    for buffer in moments:
+        gradient = buffer.mul_(momentum).add_(gradient)
+    weight.sub_(gradient * lr)

@@ -1,0 +1,170 @@
+"""Runs an update rule over many tensors: one flat function, compiled where that pays, cut into cache-sized pieces where not.
+
+The function is the same for every master kind up to how the exact weight is read and stored, so that the new exact weight
+comes from the same lines (and the same compiled arithmetic) for all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbits.choice import Choice
+from fewbits.errors import FewbitsError
+from fewbits.numerics.update import wide_dtype
+from fewbits.optim import master
+
+Rule = Callable[[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]], None]
+
+SMALL = 32768  # elements; smaller tensors are updated together: most of a model's tensors hold few of its numbers
+PIECE = 65536  # elements; five fp32 pieces of this size and their temporaries stay in a CPU's second-level cache
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One parameter's local tensors, all of one shape: working (bf16, fp16, fp32 or fp64), gradient (any float), master (fp32, int16
+    or None), moments (fp32, or fp64 with an fp64 parameter)."""
+
+    working: Tensor
+    gradient: Tensor
+    master: Tensor | None
+    moments: tuple[Tensor, ...]
+
+    def stored(self) -> list[Tensor]:
+        """What an update changes."""
+        return [self.working, *([] if self.master is None else [self.master]), *self.moments]
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """What all items of one call share: rule and master kind; 0-d tensors on the device: factor and clip_value (fp32), applied
+    (bool; None: always); scalars: 1-D, of the update's dtype."""
+
+    rule: Rule
+    kind: str
+    factor: Tensor
+    clip_value: Tensor | None
+    applied: Tensor | None
+    scalars: Tensor
+
+
+def update_flat(
+    rule: Rule,
+    kind: str,
+    working: Tensor,
+    gradient: Tensor,
+    kept: Tensor | None,
+    moments: Sequence[Tensor],
+    factor: Tensor,
+    clip_value: Tensor | None,
+    applied: Tensor | None,
+    scalars: Tensor,
+) -> None:
+    """One update, in place, of tensors of one shape; see Item and Settings. Where `applied` is false every bit stays."""
+    gradient = gradient.to(wide_dtype(working.dtype)) * factor
+    if clip_value is not None:
+        gradient = torch.minimum(torch.maximum(gradient, -clip_value), clip_value)
+    exact = master.read(kind, working, kept)
+    if applied is None:
+        rule(exact, gradient, moments, scalars.unbind())
+        _store(kind, exact, working, kept)
+        return
+    new_exact, new_moments = exact.clone(), [moment.clone() for moment in moments]
+    rule(new_exact, gradient, new_moments, scalars.unbind())
+    for moment, new in zip(moments, new_moments, strict=True):
+        moment.copy_(torch.where(applied, new, moment))
+    new_working, new_kept = master.rounded(kind, new_exact, working.dtype)
+    working.copy_(torch.where(applied, new_working, working))
+    if kept is not None and new_kept is not None:
+        kept.copy_(torch.where(applied, new_kept, kept))
+
+
+def _store(kind: str, exact: Tensor, working: Tensor, kept: Tensor | None) -> None:
+    new_working, new_kept = master.rounded(kind, exact, working.dtype)
+    if new_working is not working:
+        working.copy_(new_working)
+    if kept is not None and new_kept is not None and new_kept is not kept:
+        kept.copy_(new_kept)
+
+
+@functools.cache
+def compiled_update() -> Callable[..., None]:
+    """`update_flat`, compiled for sizes not known in advance."""
+    return torch.compile(update_flat, dynamic=True, fullgraph=True)
+
+
+def choose_execution(compile: bool | str, device: torch.device) -> Choice:
+    """Choice("compiled" | "eager", reason) for updates on `device`; `compile` is "auto", True or False."""
+    if compile is False:
+        return Choice("eager", "compile=False was given")
+    if compile is True:
+        return Choice("compiled", "compile=True was given")
+    if compile != "auto":
+        raise FewbitsError(f"compile={compile!r} does not fit; use 'auto', True or False.")
+    if device.type != "cuda":
+        return Choice("eager", f"on a {device.type} the eager update runs in cache-sized pieces, and compiling takes seconds")
+    if importlib.util.find_spec("triton") is None:
+        return Choice("eager", "Triton is not installed, and torch.compile needs it on CUDA")
+    return Choice("compiled", "one pass over memory instead of one per operation")
+
+
+def is_compiler_failure(error: Exception) -> bool:
+    """Did torch.compile fail (no compiler, an unsupported device), as opposed to the update itself?"""
+    modules = ("torch._dynamo.exc", "torch._inductor.exc")
+    return any(kind.__module__ in modules for kind in type(error).__mro__)
+
+
+def run(items: Sequence[Item], settings: Settings, compiled: bool) -> None:
+    """Updates `items`, which share device, dtypes and settings, in place."""
+    small = [item for item in items if item.working.numel() < SMALL or not item.working.is_contiguous()]
+    for item in items:
+        if item.working.numel() >= SMALL and item.working.is_contiguous():
+            _run_flat(item, settings, compiled)
+    small = [item for item in small if item.working.numel()]
+    if small:
+        _run_together(small, settings, compiled)
+
+
+def _run_together(items: Sequence[Item], settings: Settings, compiled: bool) -> None:
+    """Copies the items into one flat item, updates it and copies back: a few calls instead of some for each."""
+    columns = [item.stored() for item in items]
+    flat = [torch.cat([tensor.reshape(-1) for tensor in column]) for column in zip(*columns, strict=True)]
+    gradient = torch.cat([item.gradient.reshape(-1) for item in items])
+    has_master = items[0].master is not None
+    together = Item(flat[0], gradient, flat[1] if has_master else None, tuple(flat[1 + has_master :]))
+    _run_flat(together, settings, compiled)
+    sizes = [item.working.numel() for item in items]
+    for whole, column in zip(flat, zip(*columns, strict=True), strict=True):
+        parts = [part.view(tensor.shape) for part, tensor in zip(whole.split(sizes), column, strict=True)]
+        torch._foreach_copy_(list(column), parts)
+
+
+def _run_flat(item: Item, settings: Settings, compiled: bool) -> None:
+    working, *stored = (tensor.view(-1) for tensor in item.stored())
+    gradient = item.gradient.reshape(-1)
+    kept, moments = (stored[0], stored[1:]) if item.master is not None else (None, stored)
+    s = settings
+    size = working.numel()
+    if compiled or working.device.type != "cpu" or size <= PIECE:
+        function = compiled_update() if compiled else update_flat
+        function(s.rule, s.kind, working, gradient, kept, moments, s.factor, s.clip_value, s.applied, s.scalars)
+        return
+    for start in range(0, size, PIECE):
+        cut = slice(start, min(start + PIECE, size))
+        update_flat(
+            s.rule,
+            s.kind,
+            working[cut],
+            gradient[cut],
+            None if kept is None else kept[cut],
+            [moment[cut] for moment in moments],
+            s.factor,
+            s.clip_value,
+            s.applied,
+            s.scalars,
+        )

@@ -1,0 +1,195 @@
+"""Loss scales: none, static, dynamic. One interface, so that a step reads the same with and without one.
+
+The scale and its counters are 0-d tensors that live on the device at fixed addresses; `update_` never waits for the device.
+Scales are powers of two: multiplying and dividing by them is exact within a format's normal range.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits.errors import FewbitsError, nearest
+
+
+def _power_of_two(name: str, value: float) -> float:
+    value = float(value)
+    if not (math.isfinite(value) and value > 0 and math.frexp(value)[0] == 0.5 and -126 <= math.log2(value) <= 127):
+        raise FewbitsError(f"{name}={value:g} is not a power of two from 2^-126 to 2^127; use one such as 1024 or 65536 (unscaling is then exact).")
+    return value
+
+
+class LossScale:
+    """What every loss scale can do. The names without a leading underscore are the whole interface."""
+
+    kind = ""
+    value: Tensor
+    """0-d fp32 on the device: what multiplies the loss. Its address never changes after `init`."""
+
+    def init(self, device: torch.device | str) -> None:
+        """Moves the state to `device`, its values kept."""
+        for name, buffer in self._buffers().items():
+            setattr(self, name, buffer.to(device))
+
+    def update_(self, finite: Tensor) -> None:
+        """After a step: `finite` is a 0-d bool, whether all its gradients were finite. Call it once the gradients are unscaled."""
+
+    def can_cure(self) -> Tensor:
+        """0-d bool: could a later, lower scale still make an overflowing gradient finite?"""
+        return torch.zeros((), dtype=torch.bool, device=self.value.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The exact state as plain numbers, ready for JSON (waits for the device)."""
+        return {"kind": self.kind, **{name: buffer.item() for name, buffer in self._buffers().items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave, exactly, into the same buffers."""
+        buffers = self._buffers()
+        if state.get("kind") != self.kind:
+            raise FewbitsError(f"the saved loss scale is {state.get('kind')!r} and this one is {self.kind!r}; resume with the loss scale of the run.")
+        if set(state) != {"kind", *buffers}:
+            raise FewbitsError(f"the saved state of the {self.kind} loss scale has {sorted(state)}; expected {sorted(['kind', *buffers])}.")
+        _power_of_two("the saved loss scale", state["value"])
+        for name, buffer in buffers.items():
+            buffer.fill_(state[name])
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {"value": self.value}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self})"
+
+
+class NoScale(LossScale):
+    """No loss scale: 1, always."""
+
+    kind = "none"
+
+    def __init__(self) -> None:
+        self.value = torch.ones(())
+
+    def __str__(self) -> str:
+        return "none"
+
+
+class StaticScale(LossScale):
+    """One power of two for the whole training."""
+
+    kind = "static"
+
+    def __init__(self, value: float) -> None:
+        self.value = torch.tensor(_power_of_two("the static loss scale", value))
+
+    def __str__(self) -> str:
+        return f"static:{self.value.item():g}" if self.value.item() < 1 else f"static:{int(self.value.item())}"
+
+
+class DynamicScale(LossScale):
+    """Backs off when a gradient overflows, grows after `interval` finite steps in a row, between `floor` and `ceiling`.
+
+    `hysteresis` h: the first h - 1 overflows since the last growth only restart the count of finite steps; from the h-th on
+    each one backs off (as Megatron-LM and Apex do; 1 backs off at once, as torch.amp.GradScaler does).
+    Defaults: Micikevicius et al. 2018 and torch.amp, plus a floor (a scale that sinks below 1 cures nothing) and a ceiling.
+    """
+
+    kind = "dynamic"
+
+    def __init__(
+        self,
+        initial: float = 2.0**16,
+        growth: float = 2.0,
+        backoff: float = 0.5,
+        interval: int = 2000,
+        floor: float = 1.0,
+        ceiling: float = 2.0**24,
+        hysteresis: int = 1,
+    ) -> None:
+        self.initial = _power_of_two("initial", initial)
+        self.growth = _power_of_two("growth", growth)
+        self.backoff = _power_of_two("backoff", backoff)
+        self.floor = _power_of_two("floor", floor)
+        self.ceiling = _power_of_two("ceiling", ceiling)
+        self.interval, self.hysteresis = _count("interval", interval), _count("hysteresis", hysteresis)
+        if not (self.growth >= 1 and self.backoff < 1):
+            raise FewbitsError(f"growth={growth:g} and backoff={backoff:g} do not fit; use growth of at least 1 (2 is usual) and backoff below 1 (0.5).")
+        if not self.floor <= self.initial <= self.ceiling:
+            raise FewbitsError(f"initial={initial:g} lies outside floor={floor:g} to ceiling={ceiling:g}; move one of them.")
+        self.value = torch.tensor(self.initial)
+        self.good_steps = torch.zeros((), dtype=torch.int64)
+        self.hysteresis_left = torch.tensor(self.hysteresis, dtype=torch.int64)
+
+    def update_(self, finite: Tensor) -> None:
+        good = torch.where(finite, self.good_steps + 1, 0)
+        grow = good >= self.interval
+        left = torch.where(finite, self.hysteresis_left, (self.hysteresis_left - 1).clamp_(min=0))
+        back_off = ~finite & (left == 0)
+        higher, lower = (self.value * self.growth).clamp_(max=self.ceiling), (self.value * self.backoff).clamp_(min=self.floor)
+        self.value.copy_(torch.where(grow, higher, torch.where(back_off, lower, self.value)))
+        self.good_steps.copy_(torch.where(grow, 0, good))
+        self.hysteresis_left.copy_(torch.where(grow, self.hysteresis, left))
+
+    def can_cure(self) -> Tensor:
+        return self.value > self.floor
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {"value": self.value, "good_steps": self.good_steps, "hysteresis_left": self.hysteresis_left}
+
+    def __str__(self) -> str:
+        given = {name: getattr(self, name) for name in _DYNAMIC_DEFAULTS if getattr(self, name) != _DYNAMIC_DEFAULTS[name]}
+        text = ",".join(f"{name}={value:.17g}" for name, value in given.items())
+        return f"dynamic:{text}" if text else "dynamic"
+
+
+_DYNAMIC_DEFAULTS: dict[str, float] = {
+    "initial": 2.0**16,
+    "growth": 2.0,
+    "backoff": 0.5,
+    "interval": 2000,
+    "floor": 1.0,
+    "ceiling": 2.0**24,
+    "hysteresis": 1,
+}
+
+
+def _count(name: str, value: int) -> int:
+    if int(value) != value or value < 1:
+        raise FewbitsError(f"{name}={value!r} does not fit; use a whole number of steps, 1 or more.")
+    return int(value)
+
+
+def parse(text: str) -> LossScale:
+    """A loss scale from its text: "none", "static:1024", "dynamic", "dynamic:initial=65536,interval=2000". str() gives it back.
+
+    >>> parse("dynamic:initial=1024, interval=100")
+    DynamicScale(dynamic:initial=1024,interval=100)
+    """
+    kind, _, rest = text.strip().partition(":")
+    kinds = ("none", "static", "dynamic")
+    if kind not in kinds:
+        raise FewbitsError(f"loss scale {text!r} is unknown; use none, static:1024 or dynamic.{nearest(kind, kinds)}")
+    if kind == "none":
+        if rest:
+            raise FewbitsError(f"loss scale {text!r}: none takes no value; use none, or static:{rest}.")
+        return NoScale()
+    if kind == "static":
+        return StaticScale(_number("static", rest or "missing"))
+    options: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in rest.split(","))):
+        name, equals, value = (piece.strip() for piece in item.partition("="))
+        if not equals or name not in _DYNAMIC_DEFAULTS:
+            hint = nearest(name, _DYNAMIC_DEFAULTS)
+            raise FewbitsError(f"loss scale {text!r}: {item!r} is no option of dynamic; use {', '.join(_DYNAMIC_DEFAULTS)} as name=value.{hint}")
+        options[name] = _number(name, value)
+    return DynamicScale(**options)
+
+
+def _number(name: str, text: str) -> float:
+    """A number, or a power such as 2**16 or 2^16."""
+    base, power, exponent = text.replace("**", "^").partition("^")
+    try:
+        return float(base) ** float(exponent) if power else float(base)
+    except (ValueError, OverflowError):
+        raise FewbitsError(f"loss scale: {name}={text!r} is not a number; use one such as 1024 or 2**16.") from None

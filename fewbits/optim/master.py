@@ -1,0 +1,69 @@
+"""Master weights: what the optimizer keeps so that a small update is never lost in a 16-bit working weight.
+
+| kind  | working weight | kept beside it                       | the exact weight is        |
+|-------|----------------|--------------------------------------|----------------------------|
+| fp32  | bf16, fp16     | `master`: fp32, like the parameter   | the master                 |
+| split | bf16           | `master`: int16 remainder            | working bits and remainder |
+| none  | any            | nothing                              | the working weight         |
+
+The working weight is always the exact one rounded to nearest, ties away from zero; with "none" this rounding is where a 16-bit
+weight loses small updates. fp32 and fp64 weights are exact already and keep nothing, whatever kind is asked for.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fewbits.errors import FewbitsError, nearest
+from fewbits.numerics.update import join_master, round_away, split_master, wide_dtype
+
+MASTER_KINDS = ("auto", "fp32", "split", "none")
+LATER_KINDS = ("split8", "kahan", "stochastic")
+STATE_DTYPES = {"fp32": torch.float32, "split": torch.int16}
+_AUTO = {torch.bfloat16: "split", torch.float16: "fp32"}
+
+
+def check_kind(kind: str) -> str:
+    """`kind` itself, or FewbitsError."""
+    if kind in LATER_KINDS:
+        raise FewbitsError(f"master={kind!r} is not in this version; use auto, fp32, split or none.")
+    if kind not in MASTER_KINDS:
+        raise FewbitsError(f"master={kind!r} is unknown; use auto, fp32, split or none.{nearest(str(kind), MASTER_KINDS)}")
+    return kind
+
+
+def kind_for(kind: str, dtype: torch.dtype) -> str:
+    """What a parameter of `dtype` keeps when the optimizer was asked for `kind`: "fp32", "split" or "none"."""
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise FewbitsError(f"a parameter has dtype {dtype}; the optimizers update bf16, fp16, fp32 and fp64 parameters.")
+    if kind == "split" and dtype == torch.float16:
+        raise FewbitsError(
+            "master='split' is for bf16 weights and a parameter is fp16 (5 exponent bits cannot carry an fp32 master); use master='fp32' or 'auto'."
+        )
+    if dtype not in _AUTO:
+        return "none"
+    return _AUTO[dtype] if kind == "auto" else kind
+
+
+def read(kind: str, working: Tensor, master: Tensor | None) -> Tensor:
+    """The exact weight, fp32 or fp64. It may be `master` or `working` itself: updating it in place is then the storing."""
+    if master is None:
+        return working.to(wide_dtype(working.dtype))
+    return master if kind == "fp32" else join_master(working, master)
+
+
+def rounded(kind: str, exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """(working weight in `dtype`, what is kept beside it) for an exact weight."""
+    if kind == "split":
+        return split_master(exact)
+    return round_away(exact, dtype), exact if kind == "fp32" else None
+
+
+def from_remainder(kind: str, working: Tensor, remainder: Tensor) -> Tensor | None:
+    """The state to keep for a weight whose exact value is `working` plus `remainder` (int16 bits for bf16, or the exact fp32 value)."""
+    if kind == "none":
+        return None
+    if remainder.dtype == torch.int16:
+        return remainder if kind == "split" else join_master(working, remainder)
+    return split_master(remainder)[1] if kind == "split" else remainder
