@@ -1,7 +1,7 @@
-"""Batches are a function: batch i depends on the seed, i and the global batch size, and is found without any before it.
+"""Batches are a function: batch i depends on the seed, i and the global batch size, and needs none before it.
 
-The token stream is cut into windows of `context` predictions; each epoch visits every window once, in an order given by a
-keyed permutation (a Feistel network with cycle walking: O(1) memory, O(1) time), with the cuts shifted by a keyed offset.
+The token stream is cut into windows of `context` predictions; each epoch visits every window once, in an order given
+by a keyed permutation (a Feistel network with cycle walking: O(1) memory and time), the cuts shifted by a keyed offset.
 """
 
 from __future__ import annotations
@@ -116,12 +116,13 @@ class Batches:
         return _windows(self.tokens, self.offsets, first, self.context, self.mask_documents, self._separated)
 
     def micro_batches(self, i: int, count: int) -> list[dict[str, Tensor]]:
-        """Batch i split into `count` micro-batches of equally many rows, in order. Errors: count must divide the batch."""
+        """Batch i split into `count` micro-batches of equally many rows, in order. Errors: count must divide it."""
         if count < 1 or self.batch_size % count:
             fitting = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
             best = min(fitting, key=lambda n: abs(n - count))
             raise FewbitsError(
-                f"{count} micro-batches do not divide a batch of {self.batch_size} sequences. Choose a divisor such as {best}."
+                f"{count} micro-batches do not divide a batch of {self.batch_size} sequences. "
+                f"Choose a divisor such as {best}."
             )
         batch, rows = self.batch(i), self.batch_size // count
         return [{k: v[n * rows : (n + 1) * rows] for k, v in batch.items()} for n in range(count)]
@@ -149,8 +150,8 @@ def eval_batches(
 ) -> Iterator[dict[str, Tensor]]:
     """The same batches at every evaluation: consecutive windows over a stream, each prediction once.
 
-    limit: at most this many batches, their windows spread evenly over the stream. Shapes are always [batch_size, context]:
-    what is missing at the end is filled with label -100. Batches as in `Batches.batch`.
+    limit: at most this many batches, their windows spread evenly over the stream. Batches are as `Batches.batch` makes
+    them, of shape [batch_size, context] always: what is missing at the end is filled with label -100.
     Errors: FewbitsError, at the call, for a stream without a prediction, ids beyond the vocabulary, sizes below 1.
     """
     if len(tokens) < 2:
@@ -219,8 +220,8 @@ def _check(tokens: Array, batch_size: int, context: int, vocab_size: int | None,
             raise FewbitsError(f"A {name} of {value} holds nothing. Choose at least 1.")
     if len(tokens) < (shortest or context + 1):
         raise FewbitsError(
-            f"The corpus has {len(tokens)} training tokens, fewer than one context of {context} and the token after it. "
-            f"Name more text, or choose --model.context {max(1, len(tokens) - 1)} or less."
+            f"The corpus has {len(tokens)} training tokens, fewer than one context of {context} and the token after "
+            f"it. Name more text, or choose --model.context {max(1, len(tokens) - 1)} or less."
         )
     if vocab_size is None:
         return

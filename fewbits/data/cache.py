@@ -1,7 +1,8 @@
-"""The cache folder: entries that appear whole or not at all, are built by one process at a time, and notice a changed byte.
+"""The cache folder: entries appear whole or not at all, are built by one process at a time, and notice a changed byte.
 
-An entry is a folder with a `manifest.json` that holds the size and SHA-256 of every other file. It is built in a sibling
-`NAME.tmp-*`, flushed to the disk and renamed, under a lock on `NAME.lock` that the system frees when its holder dies.
+An entry is a folder with a `manifest.json` that holds the size and SHA-256 of every other file. It is built in a
+sibling `NAME.tmp-*`, flushed to the disk and renamed, under a lock on `NAME.lock` that the system frees when its
+holder dies.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def silent(done: int, total: int, what: str) -> None:
 
 
 def cache_folder(cache: str | os.PathLike[str] | None = None) -> Path:
-    """The folder for what can be built again: `cache`, else `FEWBITS_CACHE`, else `~/.cache/fewbits`. Created if missing.
+    """The folder for what can be built again: `cache`, else `FEWBITS_CACHE`, else `~/.cache/fewbits`; made if missing.
 
     Errors: FewbitsError when it cannot be created or written.
     """
@@ -53,8 +54,8 @@ def writing(folder: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise FewbitsError(
-            f"Cannot write the cache folder {str(folder)!r} ({reason}). Name a writable folder with enough space in the "
-            "environment variable FEWBITS_CACHE or with --data.cache."
+            f"Cannot write the cache folder {str(folder)!r} ({reason}). Name a writable folder with enough space in "
+            "the environment variable FEWBITS_CACHE or with --data.cache."
         ) from error
 
 
@@ -150,7 +151,7 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, A
 
 
 def flush_to_disk(path: Path) -> None:
-    """Makes a file, or the entries of a folder, survive a power cut (fsync). Folders cannot be opened on Windows: skipped."""
+    """Makes a file, or the entries of a folder, survive a power cut (fsync). Windows cannot open folders: skipped."""
     if path.is_dir() and os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

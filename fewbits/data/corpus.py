@@ -74,7 +74,7 @@ class Corpus:
             yield "".join(held)
 
     def pieces(self, split: Split) -> Iterator[tuple[bool, str]]:
-        """The same texts in pieces of bounded size: (whether a document starts here, characters). Never an empty piece."""
+        """The same texts in pieces of bounded size, none empty: (whether a document starts here, characters)."""
         if split not in SPLITS:
             raise FewbitsError(f"No split {split!r}: 'train' and 'val' fit.{nearest(str(split), SPLITS)}")
         for file in self.files:
@@ -177,7 +177,8 @@ def open_corpus(spec: str | os.PathLike[str], encoding: str | None = None) -> Co
 def _single(path: Path, encoding: str | None) -> Corpus:
     if path.suffix.lower() == ".json":
         raise FewbitsError(
-            f'{str(path)!r} is a .json file. Write one object a line, like {{"text": "..."}}, into a .jsonl file instead.'
+            f"{str(path)!r} is a .json file. "
+            'Write one object a line, like {"text": "..."}, into a .jsonl file instead.'
         )
     file = _text_file(path, path.name, encoding)
     if not file.bytes:

@@ -23,8 +23,8 @@ def document_ids(starts: Array, first: Array, length: int) -> tuple[Array, Array
 
     starts: int64 [documents], ascending positions in the token stream at which documents begin.
     first: int64 [B], where each window begins in the stream. length: T, tokens of a window.
-    Returns documents int32 [B, T], counted from 0 in each window, and positions int64 [B, T], which restart at each document
-    (and at the window's start for the document that is under way there).
+    Returns documents int32 [B, T], counted from 0 in each window, and positions int64 [B, T], which restart at each
+    document (and at the window's start for the document that is under way there).
     """
     index = first[:, None] + np.arange(length, dtype=np.int64)
     number = np.searchsorted(starts, index, side="right") - 1
@@ -36,8 +36,8 @@ def document_ids(starts: Array, first: Array, length: int) -> tuple[Array, Array
 def pack(documents: Sequence[Array], context: int, padding: int = 0) -> dict[str, Tensor]:
     """Documents packed into as few rows of `context` tokens as first-fit finds, longest first; every prediction once.
 
-    documents: 1-D integer arrays; n tokens make n - 1 predictions, so documents below two tokens are left out, and those
-    above context + 1 are cut into parts that overlap by one token. padding: the id that fills what stays free.
+    documents: 1-D integer arrays; n tokens make n - 1 predictions, so documents below two tokens are left out, and
+    those above context + 1 are cut into parts that overlap by one token. padding: the id that fills what stays free.
     Returns input_ids, labels int64 [B, T], documents int32 [B, T], positions int64 [B, T]. Labels are aligned with the
     inputs and never cross a document; padding has label -100 and document -1.
     """

@@ -13,8 +13,8 @@ SAMPLE_BYTES = 2 << 20  # xz takes about a second for this much
 def compression_baseline(texts: Iterable[str], limit: int = SAMPLE_BYTES) -> dict[str, Any]:
     """Bits per byte of the texts, joined, under gzip and xz at their strongest settings.
 
-    limit: UTF-8 bytes looked at, from the beginning. Returns gzip and xz (bits per byte, None for no text), `bytes` (what was
-    compressed), `gzip_bytes` and `xz_bytes` (what it became), and `complete` (whether that was all of the text).
+    limit: UTF-8 bytes looked at, from the beginning. Returns gzip and xz (bits per byte, None for no text), `bytes`
+    (what was compressed), `gzip_bytes` and `xz_bytes` (what it became), and `complete` (whether that was all).
 
     >>> compression_baseline(["ab" * 1000])["bytes"]
     2000

@@ -42,7 +42,7 @@ COMMON_CHINESE = frozenset(
     "法学如都同现当没动面起看定天分还进好小部其些主样理心她本前开但因只从想实日军者意无力它与长把机十民第公此已工使情明性知全三又关点"
     "正业外将两高间由问很最重并物手应战向头文体政美相见被利什二等产或新己制身果加西斯月话合回特代内信表化老给世位次度门任常先海通教儿"
     "原东声提立及比员解水名真论处走义各入几口认条平系气题活尔更别打女变四神总何电数安少报才结反受目太量再感建务做接必场件计管期市直德"
-    "，。、：；？！“”"
+    "\uff0c\u3002\u3001\uff1a\uff1b\uff1f\uff01\u201c\u201d"  # and its punctuation
 )
 
 
@@ -60,7 +60,8 @@ def readable(path: Path) -> Iterator[None]:
 def find_encoding(path: Path, named: str | None = None) -> str:
     """The encoding to read `path` with, checked against its first bytes only; `named` wins when given.
 
-    Recognized: UTF-8 (with or without a byte order mark), UTF-16 and UTF-32 with one, GB18030 by its frequent characters.
+    Recognized: UTF-8 (with or without a byte order mark), UTF-16 and UTF-32 with one, GB18030 by its frequent
+    characters.
     Errors: FewbitsError for a file that is not text, or whose encoding is not recognized.
     """
     with readable(path), path.open("rb") as file:
@@ -129,7 +130,7 @@ def source_encoding(content: bytes) -> str | None:
 
 
 def blocks(path: Path, encoding: str, size: int = PIECE) -> Iterator[str]:
-    """The characters of a file, `size` at a time, line ends untouched. Errors: FewbitsError names the first bad byte."""
+    """The characters of a file, `size` at a time, line ends untouched. Errors: FewbitsError names the bad byte."""
     with readable(path), path.open("r", encoding=encoding, newline="") as file:
         first = True
         try:
@@ -176,7 +177,7 @@ def pieces(text: Iterator[str]) -> Iterator[str]:
 
 
 def split_text(text: Iterator[str], cut: int, reach: int = 0) -> Iterator[tuple[str, str]]:
-    """Labels the blocks of one text "train" up to character `cut`, moved on to a line start within `reach`, then "val"."""
+    """Labels the blocks of a text "train" up to character `cut`, or a line start within `reach` of it, then "val"."""
     position, done = 0, False
     for block in text:
         if done or position + len(block) <= cut:

@@ -1,7 +1,8 @@
 """Tokenizers: text to ids and back, without loss and without ever showing half a character.
 
-Three kinds are built here and any `tokenizer.json` is read: "bpe:N" (byte-level byte-pair encoding, N ids in all), "bytes"
-and "chars". All are saved as a `tokenizer.json` that the tokenizers and transformers libraries open to the same ids.
+Three kinds are built here and any `tokenizer.json` is read: "bpe:N" (byte-level byte-pair encoding, N ids in all),
+"bytes" and "chars". All are saved as a `tokenizer.json` that the tokenizers and transformers libraries open to the
+same ids.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fewbits.data.cache import Progress, entry, silent
+from fewbits.data.cache import Progress, cache_folder, entry, silent
 from fewbits.data.corpus import SPLITS, Corpus
 from fewbits.data.reading import whole_characters
 from fewbits.errors import FewbitsError, nearest
@@ -35,8 +36,8 @@ class Tokenizer:
     kind: "bytes", "chars", "bpe" (byte-level, any origin) or "other".
     vocab_size: ids are below it. end_of_text: the id that separates documents, or None.
     token_bytes: int32 [vocab_size], UTF-8 bytes of text that each id stands for; 0 for special tokens.
-    For the first three kinds `decode(encode(x)) == x` and `token_bytes[encode(x)].sum() == len(x.encode())`, for every x
-    ("chars": every x made of its characters). Special tokens are never made from text that merely spells them.
+    For the first three kinds `decode(encode(x)) == x` and `token_bytes[encode(x)].sum() == len(x.encode())`, for every
+    x ("chars": every x made of its characters). Special tokens are never made from text that merely spells them.
     """
 
     def __init__(self, text: str, settings: dict[str, Any] | None = None) -> None:
@@ -95,8 +96,9 @@ class Tokenizer:
         if (ids < 0).any():
             missing = text[int(np.argmax(ids < 0))]
             raise FewbitsError(
-                f"The character {missing!r} (U+{ord(missing):04X}) is not among the {self.vocab_size - len(self._special)} "
-                "characters of this tokenizer. Leave it out, or train with the tokenizer bytes or bpe:4096."
+                f"The character {missing!r} (U+{ord(missing):04X}) is not among the "
+                f"{self.vocab_size - len(self._special)} characters of this tokenizer. "
+                "Leave it out, or train with the tokenizer bytes or bpe:4096."
             )
         return ids
 
@@ -136,7 +138,7 @@ class Tokenizer:
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Tokenizer:
-        """Opens a tokenizer.json, or a folder that holds one. Errors: FewbitsError when there is none or it is damaged."""
+        """Opens a tokenizer.json, or a folder that holds one. Errors: FewbitsError when it is missing or damaged."""
         file = Path(path).expanduser()
         file = file / "tokenizer.json" if file.is_dir() else file
         try:
@@ -145,7 +147,8 @@ class Tokenizer:
             settings = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
         except (OSError, ValueError) as error:
             raise FewbitsError(
-                f"No tokenizer at {str(file)!r} ({error}). Name a tokenizer.json or its folder, or use bpe:4096, bytes, chars."
+                f"No tokenizer at {str(file)!r} ({error}). "
+                "Name a tokenizer.json or its folder, or use bpe:4096, bytes or chars."
             ) from None
         try:
             return Tokenizer(text, settings)
@@ -153,11 +156,13 @@ class Tokenizer:
             raise FewbitsError(f"{str(file)!r}: {error}") from None
 
 
-def build_tokenizer(spec: str, corpus: Corpus, cache: Path, progress: Progress | None = None) -> Tokenizer:
+def build_tokenizer(
+    spec: str, corpus: Corpus, cache: str | os.PathLike[str] | None = None, progress: Progress | None = None
+) -> Tokenizer:
     """The tokenizer that `spec` names: "bpe:4096" (ids in all), "bytes", "chars", or the path of a tokenizer.json.
 
     corpus: byte-pair encoding learns from its train split; "chars" takes its alphabet from both splits.
-    cache: folder from `cache_folder`; what is learned is kept there by content, and learned once by many processes.
+    cache: what `cache_folder` takes; what is learned is kept there by content, and learned once by many processes.
     Errors: FewbitsError for an unknown name, a size that cannot be, a file that is not a tokenizer.
     """
     progress = progress or silent
@@ -168,8 +173,8 @@ def build_tokenizer(spec: str, corpus: Corpus, cache: Path, progress: Progress |
         if Path(spec).expanduser().exists():
             return Tokenizer.load(spec)
         raise FewbitsError(
-            f"Unknown tokenizer {spec!r}: 'bpe:4096' (or another size), 'bytes', 'chars' or the path of a tokenizer.json fit."
-            + nearest(kind, ["bpe:4096", "bytes", "chars"])
+            f"Unknown tokenizer {spec!r}: 'bpe:4096' (or another size), 'bytes', 'chars' or the path of a "
+            "tokenizer.json fit." + nearest(kind, ["bpe:4096", "bytes", "chars"])
         )
     vocabulary = _size(size or "4096", spec) if kind == "bpe" else 0
     report = progress
@@ -180,7 +185,7 @@ def build_tokenizer(spec: str, corpus: Corpus, cache: Path, progress: Progress |
         return {"spec": spec}
 
     name = hashlib.sha256(f"{ALGORITHM} {kind} {vocabulary} {corpus.fingerprint()}".encode()).hexdigest()[:24]
-    folder, _ = entry(cache, f"tokenizer-{name}", build, progress)
+    folder, _ = entry(cache_folder(cache), f"tokenizer-{name}", build, progress)
     return Tokenizer.load(folder)
 
 
@@ -308,7 +313,7 @@ def _learn_bpe(corpus: Corpus, size: int, progress: Progress) -> str:
 
 
 def _byte_level(vocabulary: dict[str, int], merges: list[Any]) -> str:
-    """tokenizer.json of a byte-level tokenizer: ids 0..255 are the bytes, then the merges in order, then END_OF_TEXT."""
+    """tokenizer.json of a byte-level tokenizer: ids 0..255 are the bytes, then the merges, then END_OF_TEXT."""
     table = byte_characters()
     ordered = sorted(table, key=table.__getitem__)
     ordered += [token for token in sorted(vocabulary, key=vocabulary.__getitem__) if token not in table]

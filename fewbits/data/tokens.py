@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from fewbits.data.cache import Progress, entry, silent
+from fewbits.data.cache import Progress, cache_folder, entry, silent
 from fewbits.data.corpus import SPLITS, Corpus, Split
 from fewbits.data.tokenizer import Tokenizer
 from fewbits.errors import FewbitsError
@@ -24,7 +25,7 @@ class TokenStore:
     """The ids of both splits on disk. Final; made by `TokenStore.open_or_build`.
 
     train, val: read-only ids, uint16 (vocabulary up to 65,536) or uint32, documents one after the other. Each document
-    begins with the tokenizer's end-of-text id (if it has one): it marks the start of one text and the end of the one before.
+    begins with the tokenizer's end-of-text id (if it has one), which marks its start and the end of the one before.
     train_documents, val_documents: int64, ascending positions at which documents begin; the first is 0.
     """
 
@@ -40,17 +41,22 @@ class TokenStore:
 
     @staticmethod
     def open_or_build(
-        corpus: Corpus, tokenizer: Tokenizer, cache: Path, progress: Progress | None = None
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        cache: str | os.PathLike[str] | None = None,
+        progress: Progress | None = None,
     ) -> TokenStore:
         """Opens the store of this corpus under this tokenizer; builds it when it is missing or a byte of it changed.
 
-        cache: folder from `cache_folder`. Two processes may ask at once: one builds, both open the result.
+        cache: what `cache_folder` takes. Two processes may ask at once: one builds, both open the result.
         Errors: FewbitsError for text that cannot be read, a cache that cannot be written, or a full disk.
         """
         report = progress or silent
         key = f"{LAYOUT} {corpus.fingerprint()} {tokenizer.fingerprint()}"
         name = f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
-        return TokenStore(*entry(cache, name, lambda folder: _build(folder, corpus, tokenizer, report), report))
+        return TokenStore(
+            *entry(cache_folder(cache), name, lambda folder: _build(folder, corpus, tokenizer, report), report)
+        )
 
     def describe(self) -> dict[str, Any]:
         """JSON facts: corpus, notes, dtype, vocab_size, seconds (to build), and for each split its tokens, documents,
@@ -62,7 +68,7 @@ class TokenStore:
         largest = max(self._facts[split]["largest_id"] for split in SPLITS)
         if largest >= vocab_size:
             raise FewbitsError(
-                f"The tokens hold id {largest}, but the model has a vocabulary of {vocab_size} (ids up to {vocab_size - 1}). "
+                f"The tokens hold id {largest}, but the model has {vocab_size} ids (0 to {vocab_size - 1}). "
                 f"Set --model.vocab_size to at least {self._facts['vocab_size']}, or choose a smaller tokenizer."
             )
 
