@@ -184,9 +184,9 @@ CONVERSIONS = {
 
 
 def spellings(name: str) -> list[str]:
-    """The other names of the option with the dotted `name`: its short name, then renames of other libraries."""
+    """Every name of the option with the dotted `name`, easiest first: its short name, then renames of other libraries."""
     short = name.rpartition(".")[2]
-    first = [short] if short != name and short_names().get(short) == name else []
+    first = [short] if short_names().get(short) == name else [name]
     return [*first, *(alias for alias, dotted in RENAMES.items() if dotted == name)]
 
 

@@ -1,0 +1,34 @@
+"""What the commands share: a console that any terminal can show, and finding a run by path or name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fewbits.errors import FewbitsError, nearest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def make_console() -> Console:
+    """A rich console on stdout; where the encoding is not a Unicode one, boxes and spinners are drawn in ASCII."""
+    from rich.console import Console
+
+    return Console(highlight=False, emoji=False, markup=False)
+
+
+def find_run(text: str) -> Path:
+    """The run directory that `text` names: a path, or the name of a directory under runs/. Raises FewbitsError.
+
+    A checkpoint inside a run leads to its run.
+    """
+    for start in (Path(text), Path("runs") / text):
+        for folder in (start, *start.absolute().parents[:2]):
+            if (folder / "config.toml").is_file():
+                return folder
+    known = [str(path.parent) for path in sorted(Path("runs").glob("*/config.toml"))]
+    listed = f" There are {', '.join(known[-5:])}.{nearest(text, known)}" if known else ""
+    if Path(text).exists():
+        raise FewbitsError(f"{text} is not a run: it holds no config.toml.{listed} `fewbits train` makes one.")
+    raise FewbitsError(f"There is no run {text!r}.{listed} `fewbits train` makes one.")

@@ -1,0 +1,85 @@
+"""`fewbits train`: from the command line to a config, then to the trainer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from fewbits.cli.console import find_run, make_console
+from fewbits.cli.options import ConfigCommand
+from fewbits.errors import FewbitsError
+from fewbits.train.aliases import apply_options
+from fewbits.train.config import Config, load_recipe, options
+
+# What may change when a run goes on: where it stops and what it writes down, nothing that moves a weight.
+FREE = {"train.stop_at", "train.log_every", "train.eval_every", "train.eval_batches", "train.sample_every"}
+FREE |= {"train.sample_tokens", "train.prompt", "train.save_every", "train.keep", "data.cache"}
+
+
+@click.command(cls=ConfigCommand, name="train")
+@click.argument("recipe", required=False)
+@click.option("--config", "file", metavar="FILE", help="A recipe of your own, or a run's config.toml, in place of RECIPE.")
+@click.option("--resume", "run", metavar="RUN", help="Go on with a run from its last checkpoint, bit for bit.")
+def train(recipe: str | None, file: str | None, run: str | None, given: dict[str, str]) -> int:
+    """Train a language model.
+
+    RECIPE is one of nano (the default), shakespeare-char, gpt2-124m, llama-1b, minimind-64m, or the path of a TOML file.
+    Any option below overrides it; dash or underscore, `--lr 3e-4` or `--optim.lr=3e-4`.
+
+    \b
+    fewbits train
+    fewbits train --data my_texts/ --max_steps 2000
+    fewbits train gpt2-124m --data corpus.jsonl --precision bf16-mixed
+    fewbits train --resume runs/nano
+    """
+    if run is not None:
+        return _resume(run, recipe or file, given)
+    config, notes = apply_options(_base(recipe, file), given)
+    return _train(config.check(), None, notes)
+
+
+def _base(recipe: str | None, file: str | None) -> Config:
+    if recipe is not None and file is not None:
+        raise FewbitsError(f"RECIPE {recipe!r} and --config {file!r} were both given. Keep one.")
+    if recipe is not None and (Path(recipe).suffix in (".txt", ".jsonl") or Path(recipe).is_dir()):
+        raise FewbitsError(f"{recipe!r} is text, not a recipe. To learn it: fewbits train --data {recipe}")
+    return load_recipe(recipe or file or "nano")
+
+
+def _resume(text: str, base: str | None, given: dict[str, str]) -> int:
+    """Goes on with a run under its own config; only what moves no weight may be given anew."""
+    if base is not None:
+        raise FewbitsError(f"--resume takes everything from the run itself; leave out {base!r}.")
+    run = find_run(text)
+    stored = Config.from_toml((run / "config.toml").read_text(encoding="utf-8"), source=str(run / "config.toml"))
+    stored = replace(stored, train=replace(stored.train, stop_at=0, out_dir=str(run)))
+    config, notes = apply_options(stored, given)
+    for name in options():
+        old, new = (_value(each, name) for each in (stored, config))
+        if name == "train.out_dir" and Path(new).absolute() == run.absolute():
+            continue
+        if old != new and name not in FREE:
+            raise FewbitsError(
+                f"{name} is {old!r} in {run} and {new!r} was asked for; a resumed run keeps it. Leave it out, or start a "
+                f"new run: fewbits train --config {run / 'config.toml'} --out_dir NEW --{name} {new}"
+            )
+    return _train(replace(config, train=replace(config.train, out_dir=str(run))).check(), run, notes)
+
+
+def _train(config: Config, resume: Path | None, notes: list[str]) -> int:
+    from fewbits.train.trainer import train as run_training
+
+    console = make_console()
+    for note in notes:
+        console.print(note)
+    summary = run_training(config, resume=resume, console=console)
+    return 1 if summary["status"] == "diverged" else 0
+
+
+def _value(config: Config, name: str) -> object:
+    value: object = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
