@@ -150,7 +150,8 @@ def _no_such_option(error: click.NoSuchOption) -> str:
     if error.ctx is not None:
         known = [name for param in error.ctx.command.get_params(error.ctx) for name in param.opts if name.startswith("--")]
     path = error.ctx.command_path if error.ctx is not None else "fewbits"
-    return f"There is no option {error.option_name!r}.{nearest(error.option_name, known)} See {path} --help."
+    word = f"--{underscores(error.option_name.lstrip('-'))}"
+    return f"There is no option {error.option_name!r}.{nearest(word, known)} See {path} --help."
 
 
 def _refuse_ranks(arguments: Sequence[str]) -> None:

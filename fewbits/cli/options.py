@@ -36,7 +36,8 @@ class ConfigCommand(click.Command):
             rest = super().parse_args(ctx, _spell_out(args))
         except click.NoSuchOption as error:
             own = [name for param in self.params for name in param.opts if name.startswith("--")]
-            hint = nearest(underscores(error.option_name), [*own, *(f"--{name}" for name in known_names())])
+            word = f"--{underscores(error.option_name.lstrip('-'))}"
+            hint = nearest(word, [*own, *(f"--{name}" for name in known_names())])
             raise FewbitsError(
                 f"There is no option {error.option_name!r}.{hint} See {ctx.command_path} --help."
             ) from None

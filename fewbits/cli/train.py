@@ -12,6 +12,7 @@ from fewbits.cli.options import ConfigCommand
 from fewbits.errors import FewbitsError
 from fewbits.train.aliases import apply_options
 from fewbits.train.config import Config, load_recipe, options
+from fewbits.train.room import host_bytes, refuse_oversize
 
 # What may change when a run goes on: where it stops and what it writes down, nothing that moves a weight.
 FREE = {"train.stop_at", "train.log_every", "train.eval_every", "train.eval_batches", "train.sample_every"}
@@ -37,7 +38,9 @@ def train(recipe: str | None, file: str | None, run: str | None, given: dict[str
     if run is not None:
         return _resume(run, recipe or file, given)
     config, notes = apply_options(_base(recipe, file), given)
-    return _train(config.check(), None, notes)
+    config.check()
+    refuse_oversize(config, _available(config.train.device))
+    return _train(config, None, notes)
 
 
 def _base(recipe: str | None, file: str | None) -> Config:
@@ -76,6 +79,17 @@ def _train(config: Config, resume: Path | None, notes: list[str]) -> int:
         console.print(note)
     summary = run_training(config, resume=resume, console=console)
     return 1 if summary["status"] == "diverged" else 0
+
+
+def _available(device: str) -> int | None:
+    """Bytes for a training on `device` as the user wrote it; None where that cannot be known yet."""
+    import torch
+
+    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+        index = int(device.partition(":")[2] or 0)
+        known = index < torch.cuda.device_count()
+        return torch.cuda.get_device_properties(index).total_memory if known else None
+    return host_bytes()
 
 
 def _value(config: Config, name: str) -> object:
