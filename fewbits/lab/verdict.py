@@ -7,7 +7,7 @@ more than what a number format does. From n differences with mean m and standard
 
 - `same`: the whole interval lies inside [-margin, +margin] (equivalence, not absence of evidence);
 - `worse`, `better`: the whole interval lies above +margin, below -margin;
-- `not shown`: it straddles an edge. `seeds_needed` says how many seeds would decide if mean and spread stay as they are;
+- `not shown`: it straddles an edge; `seeds_needed` says how many seeds would decide at this mean and spread;
 - `diverged`: some difference is not a number: a run of the variant left the finite numbers.
 
 Fewer than three seeds are never a verdict.
@@ -84,7 +84,7 @@ def verdict(differences: Sequence[float], margin: float = 0.005) -> Verdict:
     if kind != "not shown":
         return Verdict(kind, mean, interval, margin, n)
     needed_seeds = seeds_that_decide(mean, spread, margin, least=n + 1)
-    hint = f"about {needed_seeds} seeds would decide" if needed_seeds else f"more than {MOST_SEEDS} seeds would be needed"
+    hint = f"about {needed_seeds} seeds would decide" if needed_seeds else f"over {MOST_SEEDS} seeds would be needed"
     return Verdict("not shown", mean, interval, margin, n, needed_seeds, hint)
 
 
@@ -96,7 +96,7 @@ def few(n: int) -> str:
 def check_margin(margin: float) -> None:
     """Refuse a margin that is not a fraction between 0 and 1."""
     if not (isinstance(margin, float | int) and 0.0 < margin < 1.0):
-        raise FewbitsError(f"margin={margin!r} is not a fraction of the loss. Give one between 0 and 1: 0.005 is 0.5 %.")
+        raise FewbitsError(f"margin={margin!r} is no fraction of the loss. Give one between 0 and 1: 0.005 is 0.5 %.")
 
 
 def half_width(spread: float, n: int) -> float:

@@ -1,0 +1,76 @@
+"""How long a comparison will take, and how many steps fit a budget of minutes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+from fewbits.choice import Choice
+from fewbits.errors import FewbitsError
+from fewbits.train.config import Config
+
+EVALUATION = 0.45  # one held-out batch, forward only, as a part of a training step
+SAFETY = 0.85  # part of the remaining budget that is planned: later runs on a warm machine are slower than the blocks
+LEAST_STEPS = 20  # fewer say nothing about a precision
+EVALUATIONS = 5  # held-out results along a shortened run: enough for a curve
+
+
+def run_seconds(config: Config, ms_per_step: float, ready: float) -> float:
+    """Estimated wall seconds of one run: start-up, steps, evaluations."""
+    train = config.train
+    evaluations = 1 + (train.max_steps - 1) // train.eval_every if train.eval_every else 1
+    steps = train.max_steps + EVALUATION * train.eval_batches * evaluations
+    return ready + steps * ms_per_step / 1000.0
+
+
+def block_means(blocks: Sequence[Mapping[str, Any]], label: str) -> tuple[float, float] | None:
+    """(ms a step, seconds until ready) of a variant: medians over its blocks, or None before one ended well."""
+    own = [b for b in blocks if b["variant"] == label and b.get("status") == "ok"]
+    if not own:
+        return None
+    return median(b["ms_per_step"] for b in own), median(b["ready_s"] for b in own)
+
+
+def shorten(config: Config, costs: Sequence[tuple[float, float]], seeds: int, seconds: float) -> tuple[Config, Choice]:
+    """The config with the longest horizon (at most its own) whose runs fit into `seconds`, and the reason.
+
+    costs: (ms a step, seconds until ready) of each variant. The warm-up and the decay keep their part of the horizon.
+    Raises FewbitsError when not even a few steps fit.
+    """
+    full = seeds * sum(run_seconds(config, ms, ready) for ms, ready in costs)
+    if full <= SAFETY * seconds:
+        return config, Choice(config.train.max_steps, f"all runs take about {full / 60:.0f} minutes")
+    evaluations = EVALUATIONS * EVALUATION * config.train.eval_batches
+    fixed = seeds * sum(ready + evaluations * ms / 1000.0 for ms, ready in costs)
+    per_step = seeds * sum(ms for ms, _ in costs) / 1000.0
+    steps = int((SAFETY * seconds - fixed) / per_step)
+    if steps < LEAST_STEPS:
+        needed = (fixed + LEAST_STEPS * per_step) / SAFETY / 60
+        raise FewbitsError(
+            f"Not even {LEAST_STEPS} steps a run fit into the {seconds / 60:.1f} minutes that are left; about {needed:.0f} "
+            "are needed. Give a longer --budget, fewer precisions or seeds, or a smaller model."
+        )
+    if steps >= config.train.max_steps:
+        return config, Choice(config.train.max_steps, f"all runs take about {full / 60:.0f} minutes")
+    reason = f"{steps} of the recipe's {config.train.max_steps} steps let every run end within the budget"
+    return horizon(config, steps), Choice(steps, reason)
+
+
+def horizon(config: Config, steps: int) -> Config:
+    """The config with another max_steps; warm-up and decay keep their part of it, logs and evaluations their density."""
+    part = steps / config.train.max_steps
+    optim = replace(
+        config.optim,
+        warmup_steps=round(config.optim.warmup_steps * part),
+        decay_steps=round(config.optim.decay_steps * part),
+    )
+    train = replace(
+        config.train,
+        max_steps=steps,
+        eval_every=max(1, -(-steps // EVALUATIONS)),
+        log_every=max(1, min(config.train.log_every, steps // 20)),
+        save_every=max(1, steps // 3) if config.train.save_every else 0,
+    )
+    return replace(config, optim=optim, train=train)

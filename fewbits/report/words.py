@@ -1,0 +1,80 @@
+"""Quantities as people read them: bytes, durations, counts, ratios. One place, so that page and terminal agree."""
+
+from __future__ import annotations
+
+import math
+
+from fewbits.report.plots import number
+
+__all__ = ["count", "duration", "number", "of_bytes", "percent", "ratio", "value_text"]
+
+
+def of_bytes(size: float | None) -> str:
+    """A size in binary units, as allocators count them.
+
+    >>> of_bytes(1536), of_bytes(3 * 2**30), of_bytes(None)
+    ('1.5 KiB', '3 GiB', '-')
+    """
+    if size is None or not math.isfinite(size):
+        return "-"
+    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if abs(size) >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size:.0f} B"
+
+
+def duration(seconds: float | None) -> str:
+    """A duration with its two largest units.
+
+    >>> duration(0.0123), duration(75.2), duration(3 * 3600 + 125), duration(None)
+    ('12.3 ms', '1 min 15 s', '3 h 2 min', '-')
+    """
+    if seconds is None or not math.isfinite(seconds):
+        return "-"
+    if seconds < 1:
+        return f"{seconds * 1000:.3g} ms"
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    if seconds < 3600:
+        return f"{int(seconds) // 60} min {int(seconds) % 60} s"
+    return f"{int(seconds) // 3600} h {int(seconds) % 3600 // 60} min"
+
+
+def count(value: float | None) -> str:
+    """A count: exact below a million, three digits above.
+
+    >>> count(12345), count(3_456_789)
+    ('12,345', '3.46M')
+    """
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:,.0f}" if abs(value) < 1e6 else number(value)
+
+
+def percent(fraction: float | None, signed: bool = False) -> str:
+    """A fraction in per cent, two or three digits.
+
+    >>> percent(0.0123, signed=True), percent(0.4)
+    ('+1.23 %', '40.00 %')
+    """
+    if fraction is None or not math.isfinite(fraction):
+        return "-"
+    return f"{100 * fraction:{'+' if signed else ''}.2f} %"
+
+
+def ratio(value: float | None) -> str:
+    """A ratio to the first row.
+
+    >>> ratio(1.847)
+    '1.85x'
+    """
+    return "-" if value is None or not math.isfinite(value) else f"{value:.2f}x"
+
+
+def value_text(value: object, digits: int = 4) -> str:
+    """Any recorded value: floats with some digits, the rest as it stands; None is a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.{digits}f}" if 1e-3 <= abs(value) < 1e4 else f"{value:.{digits}g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
