@@ -7,7 +7,8 @@ own ETA. All text of the program is ASCII; samples lose control characters, and 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -132,24 +133,32 @@ class Display:
         """Something the person should know."""
         self.line(text, "yellow")
 
-    def progress(self, what: str) -> Callable[[int, int | None], None]:
-        """A callable (done, total) that shows how far `what` is; it ends its own bar when done reaches total."""
+    @contextmanager
+    def progress(self) -> Iterator[Callable[[int, int, str], None]]:
+        """Within: a callable (done, total, what) that shows how far long work is; in a pipe, a line when it begins."""
         if not self.console.is_terminal:
-            return lambda done, total: None
-        bar = Progress(
-            TextColumn("{task.description:<11}"), BarColumn(30), _Eta(), console=self.console, transient=True,
-            refresh_per_second=4,
-        )
-        task = bar.add_task(what, total=None, eta=None)
-        began = time.monotonic()
+            yield self._announce()
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(30), _Eta())
+        with Progress(*columns, console=self.console, transient=True, refresh_per_second=4) as bar:
+            tasks: dict[str, Any] = {}
+            began: dict[str, float] = {}
 
-        def update(done: int, total: int | None) -> None:
-            if total and done >= total:
-                bar.stop()
-                return
-            bar.start()
-            left = (time.monotonic() - began) / done * (total - done) if done and total else None
-            bar.update(task, completed=done, total=total, eta=left)
+            def update(done: int, total: int, what: str) -> None:
+                if what not in tasks:
+                    tasks[what], began[what] = bar.add_task(what, total=total, eta=None), time.monotonic()
+                left = (time.monotonic() - began[what]) / done * (total - done) if done else None
+                bar.update(tasks[what], completed=done, total=total, eta=left)
+
+            yield update
+
+    def _announce(self) -> Callable[[int, int, str], None]:
+        seen: set[str] = set()
+
+        def update(done: int, total: int, what: str) -> None:
+            if what not in seen:
+                seen.add(what)
+                self.line(f"{what} ...", "dim")
 
         return update
 

@@ -1,0 +1,104 @@
+"""The complete state of a training, keyed by parameter name: what a checkpoint holds, and how it comes back bit for bit.
+
+The model part is exact (the masters in fp32; 16 bits where the precision keeps none) under the names of transformers. The
+working weights are its rounding and are not stored. Nothing hangs on the past of a random generator, so none is stored.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits.checkpoint.hf import from_hf, to_hf
+from fewbits.checkpoint.load import Checkpoint, check_shapes
+from fewbits.errors import FewbitsError
+from fewbits.optim.base import Optimizer
+from fewbits.train.build import Training
+from fewbits.train.record import environment
+
+
+def exact_weights(model: torch.nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Every parameter by name: its master in fp32, or itself where no master is kept (then it is exact as it stands)."""
+    return {
+        name: parameter.detach() if optimizer.master_kind(parameter) == "none" else optimizer.exact_weight(parameter)
+        for name, parameter in model.named_parameters()
+    }
+
+
+def model_files(training: Training) -> tuple[dict[str, Tensor], dict[str, str | bytes]]:
+    """The exact weights as transformers names them, and config.json with the tokenizer's files."""
+    config_json, tensors = to_hf(training.config.model, exact_weights(training.model, training.optimizer))
+    if training.tokenizer.end_of_text is not None:
+        config_json |= {key: training.tokenizer.end_of_text for key in ("bos_token_id", "eos_token_id")}
+    files: dict[str, str | bytes] = {"config.json": json.dumps(config_json, indent=1), **training.tokenizer.files()}
+    return tensors, files
+
+
+def data_identity(training: Training) -> dict[str, str]:
+    """What the batches are made of: they are a function of this, the seed and the attempt."""
+    return {"corpus": training.corpus.fingerprint(), "tokenizer": training.tokenizer.fingerprint()}
+
+
+def collect(training: Training, progress: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `save_checkpoint` that make up the state: model, optimizer, state, files.
+
+    progress: counters of the loop (JSON) that are to be continued. Waits for the device.
+    """
+    model, files = model_files(training)
+    optimizer = training.optimizer.named_state(training.model.named_parameters())
+    state = {
+        "step": training.step.state_dict(),
+        "next_batch": training.step.attempts,
+        "precision": str(training.precision),
+        "choices": training.choices.to_json(),
+        "data": data_identity(training),
+        "config": training.config.to_toml(),
+        "progress": progress,
+        "environment": environment(),
+    }
+    return {"model": model, "optimizer": _distinct(optimizer), "state": state, "files": files}
+
+
+def _distinct(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same values; what several names share (such as one birth for all) is written for each of them."""
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def restore(training: Training, checkpoint: Checkpoint) -> None:
+    """Brings `training`, freshly built, to the state in `checkpoint`, bit for bit.
+
+    Raises FewbitsError when it is of another model, other data or another precision.
+    """
+    state = checkpoint.state
+    _check_same(training, checkpoint)
+    config, tensors = from_hf(json.loads(checkpoint.files["config.json"]), checkpoint.model)
+    parameters = dict(training.model.named_parameters())
+    check_shapes(parameters, tensors)
+    if config != training.config.model:
+        raise FewbitsError(f"{checkpoint.path} is of another model shape. Leave out the model options to continue it.")
+    for name, parameter in parameters.items():
+        training.optimizer.load_exact(parameter, tensors[name])
+    training.optimizer.load_named_state(parameters.items(), checkpoint.optimizer)
+    training.step.load_state_dict(state["step"])
+    training.forget_remainders()
+
+
+def _check_same(training: Training, checkpoint: Checkpoint) -> None:
+    state = checkpoint.state
+    missing = {"step", "precision", "choices", "data", "config", "progress"} - set(state)
+    if missing or "config.json" not in checkpoint.files:
+        raise FewbitsError(f"{checkpoint.path} lacks {sorted(missing) or 'config.json'}: it was not saved by `fewbits train`.")
+    if state["precision"] != str(training.precision):
+        raise FewbitsError(
+            f"The run is in {state['precision']} and was to be resumed in {training.precision}. Leave --precision out."
+        )
+    now = data_identity(training)
+    changed = [what for what in now if now[what] != state["data"].get(what)]
+    if changed:
+        raise FewbitsError(
+            f"The {changed[0]} is not the one the run began with (its content changed, or another Python is running). "
+            "Put it back, or start a new run."
+        )
