@@ -19,7 +19,7 @@ from fewbits.numerics.loss import IGNORE, gradient_factor
 from fewbits.numerics.norm import widen
 from fewbits.numerics.random import keyed_random
 from fewbits.optim.base import Optimizer
-from fewbits.optim.clip import KINDS, coefficient, measure
+from fewbits.optim.clip import check_kind, coefficient, measure
 from fewbits.optim.loss_scale import LossScale, parse
 from fewbits.optim.schedule import Schedule
 from fewbits.precision.precision import Precision
@@ -94,10 +94,10 @@ class Step:
         self.precision = Precision.parse(precision) if isinstance(precision, str) else precision
         self.model, self.optimizer, self.loss, self.seed = model, optimizer, loss or causal_loss, seed
         self.parameters = check(model, optimizer, self.precision)
-        if clip_kind not in KINDS or (clip is not None and not 0 <= clip < float("inf")):
-            raise FewbitsError(f"clip={clip}, clip_kind={clip_kind!r}: give a number from 0 up and one of {', '.join(KINDS)}.")
-        self.clip, self.clip_kind = clip or None, clip_kind
-        optimizer.resolve_master(self.precision.resolved_master().value)
+        if clip is not None and not 0 <= clip < float("inf"):
+            raise FewbitsError(f"clip={clip} does not fit; give the largest allowed norm or value, or None to clip nothing.")
+        self.clip, self.clip_kind = clip or None, check_kind(clip_kind)
+        settle_master(optimizer, self.precision)
         self.device = self.parameters[0].device
         self.scale = loss_scale or parse(self.precision.loss_scale)
         self.scale.init(self.device)
@@ -203,6 +203,19 @@ class Step:
     def _clear(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
+
+
+def settle_master(optimizer: Optimizer, precision: Precision) -> None:
+    """Settles the optimizer's master="auto" on the precision's kind; raises FewbitsError where the two contradict."""
+    wanted = precision.resolved_master().value
+    exact = wanted != "none"
+    if optimizer.master == "auto":
+        optimizer.resolve_master(wanted)
+    elif precision.working.bits == 16 and exact != (optimizer.master != "none"):
+        other = "a mixed precision, which keeps exact weights" if not exact else "master='auto', or a true precision"
+        raise FewbitsError(f"{precision} keeps master={wanted!r} and the optimizer was made with {optimizer.master!r}; use {other}.")
+    elif precision.master not in ("auto", optimizer.master):
+        raise FewbitsError(f"{precision} asks for master={precision.master!r} and the optimizer was made with {optimizer.master!r}.")
 
 
 def check(model: nn.Module, optimizer: Optimizer, precision: Precision) -> list[nn.Parameter]:
