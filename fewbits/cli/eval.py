@@ -11,7 +11,9 @@ from fewbits.cli.console import find_run
 
 @click.command(name="eval")
 @click.argument("run")
-@click.option("--data", metavar="TEXT", help="Other text to measure on: a .txt or .jsonl file, a folder, python. [the run's]")
+@click.option(
+    "--data", metavar="TEXT", help="Other text to measure on: a .txt or .jsonl file, a folder, python. [the run's]"
+)
 @click.option("--device", metavar="DEVICE", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of lines.")
 def evaluate(run: str, data: str | None, device: str, as_json: bool) -> None:

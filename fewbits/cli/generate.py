@@ -12,9 +12,15 @@ from fewbits.cli.console import find_run
 @click.option("--prompt", default="", metavar="TEXT", help="Text to continue. [empty: from the end-of-text token]")
 @click.option("--tokens", type=click.IntRange(1, 1_000_000), default=200, show_default=True, help="Tokens to add.")
 @click.option(
-    "--temperature", type=click.FloatRange(0, 100), default=0.8, show_default=True, help="0 always takes the likeliest token."
+    "--temperature",
+    type=click.FloatRange(0, 100),
+    default=0.8,
+    show_default=True,
+    help="0 always takes the likeliest token.",
 )
-@click.option("--top_k", type=click.IntRange(0), default=50, show_default=True, help="Draw from the k likeliest; 0 from all.")
+@click.option(
+    "--top_k", type=click.IntRange(0), default=50, show_default=True, help="Draw from the k likeliest; 0 from all."
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the draws.")
 @click.option("--device", metavar="DEVICE", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 def generate(run: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int, device: str) -> None:
@@ -22,4 +28,6 @@ def generate(run: str, prompt: str, tokens: int, temperature: float, top_k: int,
     folder = find_run(run)
     from fewbits.train.generate import generate as continue_text
 
-    click.echo(continue_text(folder, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed, device=device))
+    click.echo(
+        continue_text(folder, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed, device=device)
+    )

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn, TextIO
 
 import click
 
@@ -55,15 +55,21 @@ class Commands(click.Group):
             if cmd_name in group:
                 module = import_module(group[cmd_name][0])
                 return next(
-                    value for value in vars(module).values() if isinstance(value, click.Command) and value.name == cmd_name
+                    value
+                    for value in vars(module).values()
+                    if isinstance(value, click.Command) and value.name == cmd_name
                 )
         return None
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         """As click does, with the nearest names for a word that is no command."""
         known = self.list_commands(ctx)
         if args and args[0] not in known:
-            raise FewbitsError(f"There is no command {args[0]!r}; there are {', '.join(known)}.{nearest(args[0], known)}")
+            raise FewbitsError(
+                f"There is no command {args[0]!r}; there are {', '.join(known)}.{nearest(args[0], known)}"
+            )
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -90,7 +96,7 @@ def main() -> NoReturn:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs one command line and returns its exit code: 0 done, 1 diverged or out of memory, 2 misuse, 130 interrupted."""
+    """Runs one command line; its exit code: 0 done, 1 diverged or out of memory, 2 misuse, 130 interrupted."""
     with _forgiving(sys.stdout), _forgiving(sys.stderr), _short_warnings():
         try:
             _refuse_ranks(arguments)
@@ -117,7 +123,11 @@ def run(arguments: Sequence[str]) -> int:
 
 def explain(error: BaseException) -> tuple[str, int]:
     """(one sentence, exit code) for an error of the system that a user can put right; ("", 1) for a bug of ours."""
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+    if (
+        type(error).__name__ == "OutOfMemoryError"
+        or isinstance(error, MemoryError)
+        or "can't allocate memory" in str(error)
+    ):
         return "Out of memory. Raise --micro_batches, or lower --batch_size, --context or the model's size.", 1
     if isinstance(error, OSError) and error.filename is not None:
         reasons = {
@@ -148,14 +158,16 @@ def _usage(error: click.ClickException) -> str:
 def _no_such_option(error: click.NoSuchOption) -> str:
     known: list[str] = []
     if error.ctx is not None:
-        known = [name for param in error.ctx.command.get_params(error.ctx) for name in param.opts if name.startswith("--")]
+        known = [
+            name for param in error.ctx.command.get_params(error.ctx) for name in param.opts if name.startswith("--")
+        ]
     path = error.ctx.command_path if error.ctx is not None else "fewbits"
     word = f"--{underscores(error.option_name.lstrip('-'))}"
     return f"There is no option {error.option_name!r}.{nearest(word, known)} See {path} --help."
 
 
 def _refuse_ranks(arguments: Sequence[str]) -> None:
-    """This version trains in one process; started on several ranks, all of them say so instead of racing for one run."""
+    """This version trains in one process; several ranks all say so instead of racing for one run directory."""
     for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         ranks = os.environ.get(name, "")
         if ranks.isdecimal() and int(ranks) > 1 and "--help" not in arguments:
@@ -184,11 +196,18 @@ def _short_warnings() -> Iterator[None]:
     """Our own warnings as one line each, as errors are; those of other packages stay as they are."""
     before = warnings.showwarning
 
-    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         if category.__module__.partition(".")[0] == "fewbits":
             print(f"fewbits: warning: {message}", file=sys.stderr, flush=True)
         else:
-            before(message, category, filename, lineno, *rest)
+            before(message, category, filename, lineno, file, line)
 
     warnings.showwarning = show
     try:

@@ -107,8 +107,8 @@ def _is_switch(name: str) -> bool:
 
 
 def _spell_out(arguments: Sequence[str]) -> list[str]:
-    """Switches with their value: `--deterministic nano` is `--deterministic=true nano`, `--no-bias` is `--bias=false`."""
-    found = []
+    """Switches with a value: `--deterministic nano` as `--deterministic=true nano`, `--no-bias` as `--bias=false`."""
+    found: list[str] = []
     for position, word in enumerate(arguments):
         if word == "--":
             return [*found, *arguments[position:]]

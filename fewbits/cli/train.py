@@ -21,12 +21,14 @@ FREE |= {"train.sample_tokens", "train.prompt", "train.save_every", "train.keep"
 
 @click.command(cls=ConfigCommand, name="train")
 @click.argument("recipe", required=False)
-@click.option("--config", "file", metavar="FILE", help="A recipe of your own, or a run's config.toml, in place of RECIPE.")
+@click.option(
+    "--config", "file", metavar="FILE", help="A recipe of your own, or a run's config.toml, in place of RECIPE."
+)
 @click.option("--resume", "run", metavar="RUN", help="Go on with a run from its last checkpoint, bit for bit.")
 def train(recipe: str | None, file: str | None, run: str | None, given: dict[str, str]) -> int:
     """Train a language model.
 
-    RECIPE is one of nano (the default), shakespeare-char, gpt2-124m, llama-1b, minimind-64m, or the path of a TOML file.
+    RECIPE is nano (the default), shakespeare-char, gpt2-124m, llama-1b, minimind-64m, or the path of a TOML file.
     Any option below overrides it; dash or underscore, `--lr 3e-4` or `--optim.lr=3e-4`.
 
     \b
@@ -61,12 +63,12 @@ def _resume(text: str, base: str | None, given: dict[str, str]) -> int:
     config, notes = apply_options(stored, given)
     for name in options():
         old, new = (_value(each, name) for each in (stored, config))
-        if name == "train.out_dir" and Path(new).absolute() == run.absolute():
+        if name == "train.out_dir" and Path(str(new)).absolute() == run.absolute():
             continue
         if old != new and name not in FREE:
             raise FewbitsError(
-                f"{name} is {old!r} in {run} and {new!r} was asked for; a resumed run keeps it. Leave it out, or start a "
-                f"new run: fewbits train --config {run / 'config.toml'} --out_dir NEW --{name} {new}"
+                f"{name} is {old!r} in {run} and {new!r} was asked for; a resumed run keeps it. Leave it out, or start "
+                f"a new run: fewbits train --config {run / 'config.toml'} --out_dir NEW --{name} {new}"
             )
     return _train(replace(config, train=replace(config.train, out_dir=str(run))).check(), run, notes)
 

@@ -178,13 +178,14 @@ CONVERSIONS = {
         _refuse("num_train_epochs is not known here: give --max_steps; each run states its epochs."),
     ),
     "resume_from_checkpoint": Conversion(
-        "refused: --resume RUN does it", _refuse("resume_from_checkpoint is --resume RUN here, RUN being the run directory.")
+        "refused: --resume RUN does it",
+        _refuse("resume_from_checkpoint is --resume RUN here, RUN being the run directory."),
     ),
 }
 
 
 def spellings(name: str) -> list[str]:
-    """Every name of the option with the dotted `name`, easiest first: its short name, then renames of other libraries."""
+    """Every name of the option `name` (dotted), easiest first: its short name, then those of other libraries."""
     short = name.rpartition(".")[2]
     first = [short] if short_names().get(short) == name else [name]
     return [*first, *(alias for alias, dotted in RENAMES.items() if dotted == name)]
@@ -211,7 +212,8 @@ def canonical(name: str) -> str:
 def apply_options(config: Config, given: Mapping[str, str]) -> tuple[Config, list[str]]:
     """`config` with the options `given` (any spelling: text), and one note for each conversion. Raises FewbitsError.
 
-    >>> config, notes = apply_options(Config(), {"per_device_train_batch_size": "4", "gradient_accumulation_steps": "8"})
+    >>> given = {"per_device_train_batch_size": "4", "gradient_accumulation_steps": "8"}
+    >>> config, notes = apply_options(Config(), given)
     >>> config.train.batch_size, config.train.micro_batches
     (32, 8)
     """

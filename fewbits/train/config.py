@@ -1,6 +1,6 @@
 """What a training run is told: five frozen dataclasses, their TOML form, and the recipes shipped with the package.
 
-The sentence below each field is its `--help`. A `Config` is checked as a whole by `check()`, before a device is touched.
+The sentence below each field is its `--help`. `Config.check()` checks it as a whole, before a device is touched.
 """
 
 from __future__ import annotations
@@ -133,10 +133,10 @@ class Config:
     """Name of the run in reports, and of its directory under runs/."""
     precision: str = "auto"
     """fp32, tf32, bf16-mixed, fp16-mixed, bf16-true, fp16-true or fp64, with overrides such as `bf16-mixed, master=fp32`; auto takes the fastest that loses nothing here."""  # noqa: E501
-    model: ModelConfig = ModelConfig(vocab_size=0)
-    data: DataConfig = DataConfig()
-    optim: OptimConfig = OptimConfig()
-    train: TrainConfig = TrainConfig()
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=0))
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
 
     def check(self) -> Config:
         """Itself, if every value and every pair of values fits. Raises FewbitsError otherwise."""
@@ -166,12 +166,12 @@ class Config:
         return precision.replace(**{key: value for key, value in overrides.items() if value != "auto"})
 
     def resolve_vocabulary(self, tokens: int) -> Config:
-        """This config with the size of the vocabulary known: `tokens` is what the tokenizer has. Raises FewbitsError."""
+        """This config with the vocabulary's size known: `tokens` is what the tokenizer has. Raises FewbitsError."""
         size = self.model.vocab_size or tokens
         if size < tokens:
             raise FewbitsError(
-                f"The tokenizer has {tokens} tokens and model.vocab_size is {size}. Give at least {tokens}, or 0 to take "
-                "the tokenizer's."
+                f"The tokenizer has {tokens} tokens and model.vocab_size is {size}. Give at least {tokens}, or 0 to "
+                "take the tokenizer's."
             )
         return replace(self, model=replace(self.model, vocab_size=size))
 
@@ -208,8 +208,9 @@ def options() -> dict[str, Option]:
     """Every option by dotted name, in the order of the dataclasses."""
     found = options_of(Config, "")
     for part in fields(Config):
-        if is_dataclass(part.default):
-            found += options_of(type(part.default), part.name)
+        group = getattr(Config(), part.name)
+        if is_dataclass(group):
+            found += options_of(type(group), part.name)
     return {option.name: option for option in found}
 
 
@@ -344,7 +345,9 @@ def _check_batch(config: Config) -> None:
 def _check_schedule(config: Config) -> None:
     optim, train = config.optim, config.train
     if train.stop_at > train.max_steps:
-        raise FewbitsError(f"stop_at={train.stop_at} lies beyond max_steps={train.max_steps}. Give at most {train.max_steps}.")
+        raise FewbitsError(
+            f"stop_at={train.stop_at} lies beyond max_steps={train.max_steps}. Give at most {train.max_steps}."
+        )
     if optim.schedule == "wsd" and optim.decay_steps == 0:
         raise FewbitsError(
             f"The schedule wsd needs decay_steps, for example --decay_steps {max(1, train.max_steps // 5)} "

@@ -1,7 +1,7 @@
 """Options as data: every field of a config dataclass with its sentence, type, limits and choices.
 
-The dataclasses are the only place where an option is written down; `--help`, TOML files and every check are made from them.
-The sentence of a field is the string below it, or the comment beside it.
+The dataclasses are the only place where an option is written down: `--help`, TOML files and every check are made from
+them. The sentence of a field is the string below it, or the comment beside it.
 """
 
 from __future__ import annotations
@@ -79,13 +79,15 @@ class Option:
             value = str(value).lower()
         if type(value) is not self.kind:
             raise self._misfit(value)
-        if self.choices and value not in self.choices:
+        fitting: Any = value
+        if self.choices and fitting not in self.choices:
             raise FewbitsError(
-                f"{self.name} is {value!r}, which is none of {', '.join(self.choices)}.{nearest(value, self.choices)}"
+                f"{self.name} is {value!r}, which is none of {', '.join(filter(None, self.choices))}."
+                f"{nearest(fitting, self.choices)}"
             )
         if self.kind in (int, float):
-            self._check_range(value)
-        return value
+            self._check_range(fitting)
+        return fitting
 
     def _check_range(self, value: float) -> None:
         if not math.isfinite(value):

@@ -24,7 +24,7 @@ def least_bytes(config: Config) -> int:
 
 
 def host_bytes() -> int | None:
-    """Bytes of memory that this process may have: the machine's, or less where a container says so; None when unknown."""
+    """Bytes of memory this process may have: the machine's, or less where a container says so; None when unknown."""
     try:
         found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -40,5 +40,6 @@ def refuse_oversize(config: Config, available: int | None) -> None:
         raise FewbitsError(
             f"This training needs at least {needed / 2**30:,.1f} GiB and there are {available / 2**30:,.1f} GiB: "
             f"{config.model.parameter_count():,} parameters, {config.train.batch_size // config.train.micro_batches} x "
-            f"{config.model.context} tokens at once. Raise --micro_batches, or lower --batch_size, --n_embd or --n_layer."
+            f"{config.model.context} tokens at once. Raise --micro_batches, or lower --batch_size, --n_embd or "
+            "--n_layer."
         )
