@@ -12,8 +12,8 @@ from fewbits.optim.base import Optimizer, Scalar, check_number
 class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019).
 
-    params: parameters, named parameters or groups; decay applies to all it is given, group them to spare norms and biases.
-    master: "auto" (split for bf16, fp32 for fp16, nothing beside fp32 and fp64), "fp32", "split" or "none". moments: "fp32".
+    params: parameters, named parameters or groups; decay applies to all it is given: group them to spare norms.
+    master: "auto" (split for bf16, fp32 for fp16, none for fp32 and fp64), "fp32", "split", "none". moments: "fp32".
     compile: "auto" compiles the update on CUDA where Triton is installed; True and False force it.
     """
 

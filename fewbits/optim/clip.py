@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from fewbits.errors import FewbitsError, nearest
+from fewbits.optim import sharding
 
 CLIP_KINDS = ("norm", "inf", "value")
-_ROW = 65536  # elements summed in fp32 before fp64 takes over; also makes the CPU sum independent of the number of threads
+_ROW = 65536
+"""Elements that a CPU sums in fp32 before fp64 takes over; it also makes the sum independent of the number of threads."""
 
 
 def check_kind(kind: str) -> str:
@@ -23,27 +24,22 @@ def check_kind(kind: str) -> str:
 
 
 def measure(gradients: Iterable[Tensor], kind: str = "norm") -> Tensor:
-    """The global norm of all gradients, 0-d fp32 on their device: the 2-norm for "norm" and "value", the largest absolute value
-    for "inf".
+    """The global norm of all gradients, 0-d fp32 on their device.
 
-    One read, accumulated in fp32 within a tensor and fp64 across, whatever the dtype of the gradients. It is finite exactly when every
-    gradient is, as long as no 2-norm exceeds sqrt(fp32 max) = 1.8e19, which counts as not finite. DTensors are measured
-    whole: every rank gets the same number. An empty list measures 0 on the CPU.
+    The 2-norm for "norm" and "value", the largest absolute value for "inf". One read, summed in fp32 within a tensor and in
+    fp64 across (fp64 gradients: all in fp64), whatever the dtype of the gradients. It is finite exactly when every gradient
+    is; a tensor whose own 2-norm exceeds sqrt(fp32 max) = 1.8e19 counts as not finite. DTensors are measured whole: every
+    rank gets the same number. An empty list measures 0, on the CPU.
     """
     order = math.inf if check_kind(kind) == "inf" else 2.0
-    plain: list[Tensor] = []
-    sharded: dict[tuple[object, tuple[bool, ...]], list[DTensor]] = {}
+    groups: dict[object, list[Tensor]] = {}
     for gradient in gradients:
-        if isinstance(gradient, DTensor):
-            split = tuple(not place.is_replicate() for place in gradient.placements)
-            sharded.setdefault((gradient.device_mesh, split), []).append(gradient)
-        else:
-            plain.append(gradient)
-    norms = [_norm(_local_norms(plain, order), order)] if plain else []
-    norms += [_sharded_norm(group, order, split) for (_, split), group in sharded.items()]
-    if not norms:
-        return torch.zeros(())
-    return _norm(torch.stack(norms), order).to(torch.float32)
+        groups.setdefault(sharding.layout(gradient), []).append(gradient.detach())
+    norms = [
+        _norm(_local_norms(group, order), order) if layout is None else _sharded_norm(group, order)
+        for layout, group in groups.items()
+    ]
+    return _norm(torch.stack(norms), order).to(torch.float32) if norms else torch.zeros(())
 
 
 def coefficient(norm: Tensor, clip: float) -> Tensor:
@@ -89,14 +85,9 @@ def _row_norms(tensor: Tensor, order: float) -> list[Tensor]:
     return [torch.linalg.vector_norm(block, order, dim=1, dtype=dtype).double() for block in rows]
 
 
-def _sharded_norm(group: Sequence[DTensor], order: float, split: tuple[bool, ...]) -> Tensor:
-    """The norm of DTensors that share a mesh and split dimensions, 0-d fp64, with one collective per split dimension."""
-    if any(place.is_partial() for tensor in group for place in tensor.placements):
-        raise FewbitsError("a gradient is a DTensor with unreduced (partial) placement; reduce it before it is measured.")
-    local = _norm(_local_norms([tensor._local_tensor for tensor in group], order), order)
+def _sharded_norm(group: Sequence[Tensor], order: float) -> Tensor:
+    """The norm of DTensors of one layout, 0-d fp64; one collective for each mesh dimension that splits them."""
+    local = _norm(_local_norms([sharding.local(tensor) for tensor in group], order), order)
     if order == 2.0:
-        local = local.square()
-    reduce = Partial("sum" if order == 2.0 else "max")
-    places = [reduce if is_split else Replicate() for is_split in split]
-    total = DTensor.from_local(local, group[0].device_mesh, places, run_check=False).full_tensor()
-    return total.sqrt() if order == 2.0 else total
+        return sharding.reduce(local.square(), group[0], "sum").sqrt()
+    return sharding.reduce(local, group[0], "max")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -93,9 +94,14 @@ def _store(kind: str, exact: Tensor, working: Tensor, kept: Tensor | None) -> No
 
 
 @functools.cache
-def compiled_update() -> Callable[..., None]:
-    """`update_flat`, compiled for sizes not known in advance."""
-    return torch.compile(update_flat, dynamic=True, fullgraph=True)
+def compiled_update(*variant: object) -> Callable[..., None]:
+    """`update_flat`, compiled for sizes not known in advance; one for each `variant` (rule, kind, dtypes, what is None).
+
+    torch.compile counts recompilations by code object and stops at a limit; a code object for each variant starts afresh.
+    """
+    code = update_flat.__code__.replace()
+    function = types.FunctionType(code, update_flat.__globals__, update_flat.__name__)
+    return torch.compile(function, dynamic=True, fullgraph=True)
 
 
 def choose_execution(compile: bool | str, device: torch.device) -> Choice:
@@ -107,7 +113,9 @@ def choose_execution(compile: bool | str, device: torch.device) -> Choice:
     if compile != "auto":
         raise FewbitsError(f"compile={compile!r} does not fit; use 'auto', True or False.")
     if device.type != "cuda":
-        return Choice("eager", f"on a {device.type} the eager update runs in cache-sized pieces, and compiling takes seconds")
+        return Choice(
+            "eager", f"on a {device.type} the eager update runs in cache-sized pieces, and compiling takes seconds"
+        )
     if importlib.util.find_spec("triton") is None:
         return Choice("eager", "Triton is not installed, and torch.compile needs it on CUDA")
     return Choice("compiled", "one pass over memory instead of one per operation")
@@ -151,7 +159,10 @@ def _run_flat(item: Item, settings: Settings, compiled: bool) -> None:
     s = settings
     size = working.numel()
     if compiled or working.device.type != "cpu" or size <= PIECE:
-        function = compiled_update() if compiled else update_flat
+        function: Callable[..., None] = update_flat
+        if compiled:
+            masks = (s.clip_value is None, s.applied is None)
+            function = compiled_update(s.rule, s.kind, working.dtype, gradient.dtype, len(moments), *masks)
         function(s.rule, s.kind, working, gradient, kept, moments, s.factor, s.clip_value, s.applied, s.scalars)
         return
     for start in range(0, size, PIECE):

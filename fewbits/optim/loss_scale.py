@@ -18,7 +18,9 @@ from fewbits.errors import FewbitsError, nearest
 def _power_of_two(name: str, value: float) -> float:
     value = float(value)
     if not (math.isfinite(value) and value > 0 and math.frexp(value)[0] == 0.5 and -126 <= math.log2(value) <= 127):
-        raise FewbitsError(f"{name}={value:g} is not a power of two from 2^-126 to 2^127; use one such as 1024 or 65536 (unscaling is then exact).")
+        raise FewbitsError(
+            f"{name}={value:g} is not a power of two from 2^-126 to 2^127; use one such as 1024 or 65536 (unscaling is then exact)."
+        )
     return value
 
 
@@ -49,9 +51,13 @@ class LossScale:
         """Restores what `state_dict` gave, exactly, into the same buffers."""
         buffers = self._buffers()
         if state.get("kind") != self.kind:
-            raise FewbitsError(f"the saved loss scale is {state.get('kind')!r} and this one is {self.kind!r}; resume with the loss scale of the run.")
+            raise FewbitsError(
+                f"the saved loss scale is {state.get('kind')!r} and this one is {self.kind!r}; resume with the loss scale of the run."
+            )
         if set(state) != {"kind", *buffers}:
-            raise FewbitsError(f"the saved state of the {self.kind} loss scale has {sorted(state)}; expected {sorted(['kind', *buffers])}.")
+            raise FewbitsError(
+                f"the saved state of the {self.kind} loss scale has {sorted(state)}; expected {sorted(['kind', *buffers])}."
+            )
         _power_of_two("the saved loss scale", state["value"])
         for name, buffer in buffers.items():
             buffer.fill_(state[name])
@@ -114,9 +120,13 @@ class DynamicScale(LossScale):
         self.ceiling = _power_of_two("ceiling", ceiling)
         self.interval, self.hysteresis = _count("interval", interval), _count("hysteresis", hysteresis)
         if not (self.growth >= 1 and self.backoff < 1):
-            raise FewbitsError(f"growth={growth:g} and backoff={backoff:g} do not fit; use growth of at least 1 (2 is usual) and backoff below 1 (0.5).")
+            raise FewbitsError(
+                f"growth={growth:g} and backoff={backoff:g} do not fit; use growth of at least 1 (2 is usual) and backoff below 1 (0.5)."
+            )
         if not self.floor <= self.initial <= self.ceiling:
-            raise FewbitsError(f"initial={initial:g} lies outside floor={floor:g} to ceiling={ceiling:g}; move one of them.")
+            raise FewbitsError(
+                f"initial={initial:g} lies outside floor={floor:g} to ceiling={ceiling:g}; move one of them."
+            )
         self.value = torch.tensor(self.initial)
         self.good_steps = torch.zeros((), dtype=torch.int64)
         self.hysteresis_left = torch.tensor(self.hysteresis, dtype=torch.int64)
@@ -126,7 +136,10 @@ class DynamicScale(LossScale):
         grow = good >= self.interval
         left = torch.where(finite, self.hysteresis_left, (self.hysteresis_left - 1).clamp_(min=0))
         back_off = ~finite & (left == 0)
-        higher, lower = (self.value * self.growth).clamp_(max=self.ceiling), (self.value * self.backoff).clamp_(min=self.floor)
+        higher, lower = (
+            (self.value * self.growth).clamp_(max=self.ceiling),
+            (self.value * self.backoff).clamp_(min=self.floor),
+        )
         self.value.copy_(torch.where(grow, higher, torch.where(back_off, lower, self.value)))
         self.good_steps.copy_(torch.where(grow, 0, good))
         self.hysteresis_left.copy_(torch.where(grow, self.hysteresis, left))
@@ -138,7 +151,9 @@ class DynamicScale(LossScale):
         return {"value": self.value, "good_steps": self.good_steps, "hysteresis_left": self.hysteresis_left}
 
     def __str__(self) -> str:
-        given = {name: getattr(self, name) for name in _DYNAMIC_DEFAULTS if getattr(self, name) != _DYNAMIC_DEFAULTS[name]}
+        given = {
+            name: getattr(self, name) for name in _DYNAMIC_DEFAULTS if getattr(self, name) != _DYNAMIC_DEFAULTS[name]
+        }
         text = ",".join(f"{name}={value:.17g}" for name, value in given.items())
         return f"dynamic:{text}" if text else "dynamic"
 
@@ -181,7 +196,9 @@ def parse(text: str) -> LossScale:
         name, equals, value = (piece.strip() for piece in item.partition("="))
         if not equals or name not in _DYNAMIC_DEFAULTS:
             hint = nearest(name, _DYNAMIC_DEFAULTS)
-            raise FewbitsError(f"loss scale {text!r}: {item!r} is no option of dynamic; use {', '.join(_DYNAMIC_DEFAULTS)} as name=value.{hint}")
+            raise FewbitsError(
+                f"loss scale {text!r}: {item!r} is no option of dynamic; use {', '.join(_DYNAMIC_DEFAULTS)} as name=value.{hint}"
+            )
         options[name] = _number(name, value)
     return DynamicScale(**options)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fewbits.errors import FewbitsError, nearest
 from fewbits.numerics.update import join_master, round_away, split_master, wide_dtype
+from fewbits.optim import sharding
 
 MASTER_KINDS = ("auto", "fp32", "split", "none")
 LATER_KINDS = ("split8", "kahan", "stochastic")
@@ -29,14 +30,42 @@ def check_kind(kind: str) -> str:
     if kind in LATER_KINDS:
         raise FewbitsError(f"master={kind!r} is not in this version; use auto, fp32, split or none.")
     if kind not in MASTER_KINDS:
-        raise FewbitsError(f"master={kind!r} is unknown; use auto, fp32, split or none.{nearest(str(kind), MASTER_KINDS)}")
+        raise FewbitsError(
+            f"master={kind!r} is unknown; use auto, fp32, split or none.{nearest(str(kind), MASTER_KINDS)}"
+        )
     return kind
+
+
+def waiting_remainder(parameter: Tensor) -> Tensor | None:
+    """The remainder left on `parameter` (`fewbits_remainder`, on its device), unless the weight has changed since."""
+    remainder = getattr(parameter, "fewbits_remainder", None)
+    if remainder is None or getattr(parameter, "fewbits_version", None) != parameter._version:
+        return None
+    fits = (torch.int16, torch.float32) if parameter.dtype == torch.bfloat16 else (torch.float32,)
+    if remainder.shape != parameter.shape or remainder.dtype not in fits or parameter.dtype.itemsize != 2:
+        return None  # the parameter was converted after it was prepared
+    return sharding.local(remainder).to(parameter.device)
+
+
+def leave_remainder(parameter: Tensor, kept: Tensor) -> None:
+    """Leaves `kept` (int16 or fp32, local) on `parameter` until an optimizer makes its state."""
+    parameter.fewbits_remainder = sharding.placed(kept, parameter)  # type: ignore[attr-defined]
+    parameter.fewbits_version = parameter._version  # type: ignore[attr-defined]
+
+
+def drop_remainder(parameter: Tensor) -> None:
+    """Removes what `leave_remainder` or `prepare` left."""
+    for name in ("fewbits_remainder", "fewbits_version"):
+        if hasattr(parameter, name):
+            delattr(parameter, name)
 
 
 def kind_for(kind: str, dtype: torch.dtype) -> str:
     """What a parameter of `dtype` keeps when the optimizer was asked for `kind`: "fp32", "split" or "none"."""
     if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        raise FewbitsError(f"a parameter has dtype {dtype}; the optimizers update bf16, fp16, fp32 and fp64 parameters.")
+        raise FewbitsError(
+            f"a parameter has dtype {dtype}; the optimizers update bf16, fp16, fp32 and fp64 parameters."
+        )
     if kind == "split" and dtype == torch.float16:
         raise FewbitsError(
             "master='split' is for bf16 weights and a parameter is fp16 (5 exponent bits cannot carry an fp32 master); use master='fp32' or 'auto'."

@@ -30,21 +30,29 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.kind not in SCHEDULE_KINDS:
-            raise FewbitsError(f"schedule {self.kind!r} is unknown; use {', '.join(SCHEDULE_KINDS)}.{nearest(self.kind, SCHEDULE_KINDS)}")
+            raise FewbitsError(
+                f"schedule {self.kind!r} is unknown; use {', '.join(SCHEDULE_KINDS)}.{nearest(self.kind, SCHEDULE_KINDS)}"
+            )
         for name in ("warmup_steps", "total_steps", "decay_steps"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise FewbitsError(f"{name}={value!r} does not fit; use a whole number of steps, 0 or more.")
         if not 0.0 <= self.min_ratio <= 1.0:
-            raise FewbitsError(f"min_ratio={self.min_ratio!r} does not fit; use a fraction of the learning rate from 0 to 1.")
+            raise FewbitsError(
+                f"min_ratio={self.min_ratio!r} does not fit; use a fraction of the learning rate from 0 to 1."
+            )
         if self.kind != "constant" and self.total_steps == 0:
-            raise FewbitsError(f"schedule {self.kind!r} needs total_steps; give the number of steps of the whole training.")
+            raise FewbitsError(
+                f"schedule {self.kind!r} needs total_steps; give the number of steps of the whole training."
+            )
         if self.kind != "constant" and self.warmup_steps + self.decay_steps > self.total_steps:
             raise FewbitsError(
                 f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps} exceed total_steps={self.total_steps}; shorten them."
             )
         if self.kind == "wsd" and self.decay_steps == 0:
-            raise FewbitsError("schedule 'wsd' needs decay_steps; give the length of the final descent, or use constant.")
+            raise FewbitsError(
+                "schedule 'wsd' needs decay_steps; give the length of the final descent, or use constant."
+            )
 
     def factor(self, t: int) -> float:
         """The factor for the step taken after `t` applied steps, fp64."""
@@ -64,4 +72,6 @@ class Schedule:
     def table(self) -> Tensor:
         """`factor(0) .. factor(last)`, fp64 [total_steps + 1] (warmup_steps + 1 for a constant without total_steps): read the
         last entry for any later t."""
-        return torch.tensor([self.factor(t) for t in range((self.total_steps or self.warmup_steps) + 1)], dtype=torch.float64)
+        return torch.tensor(
+            [self.factor(t) for t in range((self.total_steps or self.warmup_steps) + 1)], dtype=torch.float64
+        )

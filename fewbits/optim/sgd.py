@@ -27,7 +27,9 @@ class SGD(Optimizer):
         moments: str = "fp32",
         compile: bool | str = "auto",
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, master, moments, compile)
+        super().__init__(
+            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, master, moments, compile
+        )
 
     def check_group(self, group: dict[str, Any]) -> None:
         for name in ("lr", "momentum", "weight_decay"):
