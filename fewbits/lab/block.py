@@ -20,6 +20,7 @@ import torch
 from fewbits.errors import FewbitsError
 from fewbits.train.build import Training, build_training, open_data
 from fewbits.train.config import Config
+from fewbits.train.execution import choose_execution
 from fewbits.train.memory import MemoryMeter, resident_bytes
 
 LEAST_WARMUP = 3  # the first step makes the optimizer's state and compiles, the second is measured for memory
@@ -29,8 +30,6 @@ PIECES = 8  # the timed stretch is cut in about so many pieces; their median ign
 
 def run_block(config: Config, seconds: float, least_steps: int = 4) -> dict[str, Any]:
     """Time steps of a training for about `seconds`; returns what `main` prints. Raises FewbitsError."""
-    from fewbits.train.execution import choose_execution
-
     began = time.monotonic()
     data = open_data(config)
     config = config.resolve_vocabulary(data.tokenizer.vocab_size)
@@ -99,7 +98,7 @@ def _nothing() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Read the spec (a JSON file: config as TOML text, seconds), print the block as the last line; 2 for a user error."""
+    """Read the spec (JSON: config as TOML text, seconds), print the block as the last line; 2 for a user error."""
     spec = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     try:
         result = run_block(Config.from_toml(spec["config"]), spec["seconds"], spec.get("least_steps", 4))

@@ -49,8 +49,8 @@ def shorten(config: Config, costs: Sequence[tuple[float, float]], seeds: int, se
     if steps < LEAST_STEPS:
         needed = (fixed + LEAST_STEPS * per_step) / SAFETY / 60
         raise FewbitsError(
-            f"Not even {LEAST_STEPS} steps a run fit into the {seconds / 60:.1f} minutes that are left; about {needed:.0f} "
-            "are needed. Give a longer --budget, fewer precisions or seeds, or a smaller model."
+            f"Not even {LEAST_STEPS} steps a run fit into the {seconds / 60:.1f} minutes that are left; about "
+            f"{needed:.0f} are needed. Give a longer --budget, fewer precisions or seeds, or a smaller model."
         )
     if steps >= config.train.max_steps:
         return config, Choice(config.train.max_steps, f"all runs take about {full / 60:.0f} minutes")
@@ -59,7 +59,7 @@ def shorten(config: Config, costs: Sequence[tuple[float, float]], seeds: int, se
 
 
 def horizon(config: Config, steps: int) -> Config:
-    """The config with another max_steps; warm-up and decay keep their part of it, logs and evaluations their density."""
+    """The config with another max_steps; warm-up and decay keep their part of it, logs and evaluations some density."""
     part = steps / config.train.max_steps
     optim = replace(
         config.optim,

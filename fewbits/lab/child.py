@@ -30,7 +30,9 @@ class Ended:
     last_words: str
 
 
-def run_child(arguments: Sequence[str], log: Path, watch: Callable[[], None] | None = None, every: float = 0.5) -> Ended:
+def run_child(
+    arguments: Sequence[str], log: Path, watch: Callable[[], None] | None = None, every: float = 0.5
+) -> Ended:
     """Run `python ARGUMENTS` to its end. `watch` is called every so many seconds while it runs.
 
     On Ctrl+C and SIGTERM the child is asked to end (it saves a checkpoint), awaited, and the interrupt raised again.

@@ -15,7 +15,12 @@ Json = Mapping[str, Any]
 
 
 def make_rows(
-    labels: Sequence[str], seeds: Sequence[int], blocks: Sequence[Json], runs: Sequence[Json], margin: float, measure: str
+    labels: Sequence[str],
+    seeds: Sequence[int],
+    blocks: Sequence[Json],
+    runs: Sequence[Json],
+    margin: float,
+    measure: str,
 ) -> list[dict[str, Any]]:
     """One row a label, the first being the reference. What was not measured yet is None."""
     rows = []
@@ -55,8 +60,8 @@ def judge(
 ) -> tuple[Verdict, list[float | None]]:
     """The verdict on a variant, and its relative difference to the reference for each seed (None: none to be had).
 
-    A diverged run of the variant makes the row `diverged`. A run that crashed, or whose reference has no loss, leaves no
-    pair; then nothing is shown, because which seeds are missing may hang on what is being compared.
+    A diverged run of the variant makes the row `diverged`. A run that crashed, or whose reference has no loss, leaves
+    no pair; then nothing is shown, because which seeds are missing may hang on what is being compared.
     """
     pairs = [(run, reference) for run, reference in zip(runs, references, strict=True) if run and reference]
     differences: list[float | None] = []
@@ -72,7 +77,8 @@ def judge(
     result = verdict(finite, margin)
     lost = len(pairs) - len(finite)
     if lost:
-        why = "the reference diverged or crashed" if any(loss_of(r, measure) is None for _, r in pairs) else "a run crashed"
+        base_lost = any(loss_of(reference, measure) is None for _, reference in pairs)
+        why = "the reference diverged or crashed" if base_lost else "a run crashed"
         reason = f"{lost} of {len(pairs)} pairs have no difference: {why}"
         return Verdict("not shown", result.mean, None, margin, len(finite), None, reason), differences
     return result, differences
@@ -138,8 +144,8 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 CSV_COLUMNS = (
-    "variant", "verdict", "mean_difference", "interval_low", "interval_high", "margin", "seeds", "seeds_needed", "mean_loss",
-    "losses", "ms_per_step", "tok_per_s", "time_ratio", "speed_ratio", "peak_memory_bytes", "memory_ratio",
+    "variant", "verdict", "mean_difference", "interval_low", "interval_high", "margin", "seeds", "seeds_needed",
+    "mean_loss", "losses", "ms_per_step", "tok_per_s", "time_ratio", "speed_ratio", "peak_memory_bytes", "memory_ratio",
     "resident_bytes", "skipped_steps", "statuses",
 )  # fmt: skip
 

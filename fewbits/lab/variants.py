@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fewbits.errors import FewbitsError
-from fewbits.precision import Precision
+from fewbits.precision.precision import Precision
 from fewbits.train.config import Config, full_name, override
 
 NOT_COMPARABLE = {
@@ -50,7 +50,7 @@ class Variants:
 
 
 def split_values(text: str) -> list[str]:
-    """The values in `a,b,c`. A part such as `interval=500` belongs to the value before it; `;` separates where commas cannot.
+    """The values in `a,b,c`; a part such as `interval=500` belongs to the value before it. Or in `a;b;c`.
 
     >>> split_values("fp32,bf16-mixed,master=fp32,fp16-mixed")
     ['fp32', 'bf16-mixed,master=fp32', 'fp16-mixed']

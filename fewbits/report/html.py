@@ -1,8 +1,8 @@
-"""One self-contained HTML page a run, or a comparison: no network, no script, readable by somebody who was not there."""
+"""One self-contained HTML page a run, or a comparison: no network, no script, for somebody who was not there."""
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fewbits.errors import FewbitsError
+from fewbits.precision.precision import Precision
 from fewbits.report.compared import comparison_view, read_comparison
 from fewbits.report.record import RunRecord, read_run
 from fewbits.report.runcharts import memory_chart, run_charts
@@ -19,7 +20,7 @@ STATUS = {
     "finished": "The run reached its last step.",
     "stopped": "The run was stopped on request before its last step; it can be continued.",
     "diverged": "The loss or the gradients left the finite numbers and nothing could cure it; the run ended itself.",
-    "crashed": "The run ended without writing its summary (killed, crashed, or still going); this page shows what it logged.",
+    "crashed": "The run ended without writing its summary (killed, crashed, or still going); here is what it logged.",
 }
 QUIET_EVENTS = ("sample", "save", "skipped")  # drawn or listed elsewhere, or too many to list
 MOST_EVENTS = 60
@@ -51,7 +52,7 @@ def _write(target: Path, template: str, view: dict[str, Any]) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    written = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     page = pages.get_template(template).render(**view, version=_version(), written=written)
     beside = target.with_name(f".{target.name}.tmp")
     try:
@@ -213,8 +214,6 @@ def precision_table(summary: dict[str, Any], config: dict[str, Any]) -> str:
     name = summary.get("precision") or config.get("precision")
     if not isinstance(name, str) or name == "auto":
         return ""
-    from fewbits.precision import Precision
-
     try:
         return Precision.parse(name).table()
     except FewbitsError:

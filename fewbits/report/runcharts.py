@@ -57,7 +57,12 @@ def _loss_scale(record: RunRecord, skipped: list[float]) -> list[Figure]:
     if not x or (set(y) == {1.0} and not skipped):
         return []
     chart = Chart(
-        "Loss scale", "step", log_y=True, y_powers_of_two=True, marks=skipped, mark_name="steps skipped since the last log"
+        "Loss scale",
+        "step",
+        log_y=True,
+        y_powers_of_two=True,
+        marks=skipped,
+        mark_name="steps skipped since the last log",
     )
     total = int(record.column("skipped")[1][-1]) if record.column("skipped")[1] else len(skipped)
     caption = f"The power of two by which the loss is multiplied before backward. {total} steps skipped in all."
