@@ -36,13 +36,11 @@ def silent(done: int, total: int, what: str) -> None:
 def cache_folder(cache: str | os.PathLike[str] | None = None) -> Path:
     """The folder for what can be built again: `cache`, else `FEWBITS_CACHE`, else `~/.cache/fewbits`; made if missing.
 
-    Errors: FewbitsError when it cannot be created or written.
+    Errors: FewbitsError when it cannot be created.
     """
     folder = Path(cache or os.environ.get("FEWBITS_CACHE") or Path.home() / ".cache" / "fewbits").expanduser()
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(13, "Permission denied")
+        folder.mkdir(parents=True, exist_ok=True)  # whether it can be written is asked when there is something to write
     return folder
 
 
@@ -51,6 +49,8 @@ def writing(folder: Path) -> Iterator[None]:
     """Turns what the system says about an unwritable or full cache into one sentence."""
     try:
         yield
+    except BrokenPipeError:  # a console that went away while progress was shown
+        raise
     except OSError as error:
         reason = error.strerror or str(error)
         raise FewbitsError(

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from fewbits.data.cache import sha256
 from fewbits.data.reading import (
     blocks,
+    count_lines,
     find_encoding,
     json_lines,
     pieces,
@@ -88,10 +89,13 @@ class Corpus:
 
     def _documents_of(self, file: TextFile, split: Split) -> Iterator[Iterator[str]]:
         if file.kind == "jsonl":
-            total = self._size(file) if file.part == "tail" else 0
-            cut = max(1, min(int(total * (1 - HELD_OUT)), total - 1))
-            for index, text in enumerate(json_lines(file.path, file.encoding)):
-                if text and (file.part == split or (index >= cut) == (split == "val")):
+            first, last = 0, None
+            if file.part == "tail":
+                total = self._size(file)
+                cut = max(1, min(int(total * (1 - HELD_OUT)), total - 1))
+                first, last = (0, cut) if split == "train" else (cut, total)
+            for text in json_lines(file.path, file.encoding, first, last):
+                if text:
                     yield iter((text,))
         elif file.part == split:
             yield blocks(file.path, file.encoding)
@@ -106,7 +110,7 @@ class Corpus:
         """Characters of a text file, documents of a .jsonl file; counted once."""
         if file.path not in self._sizes:
             if file.kind == "jsonl":
-                self._sizes[file.path] = sum(1 for _ in json_lines(file.path, file.encoding))
+                self._sizes[file.path] = count_lines(file.path, file.encoding)
             else:
                 self._sizes[file.path] = sum(len(block) for block in blocks(file.path, file.encoding, 1 << 20))
         return self._sizes[file.path]

@@ -111,7 +111,9 @@ def _not_utf8(path: Path, head: bytes, error: UnicodeDecodeError) -> str:
     except UnicodeDecodeError:
         text = ""
     foreign = [character for character in text if character > "\x7f"]
-    if foreign and sum(character in COMMON_CHINESE for character in foreign) >= 0.08 * len(foreign):
+    kana = sum("\u3040" <= character <= "\u30ff" for character in foreign)  # EUC-JP's kana look the same in GB18030
+    common = sum(character in COMMON_CHINESE for character in foreign)
+    if foreign and common >= 0.08 * len(foreign) > kana:
         return "gb18030"
     raise FewbitsError(
         f"{str(path)!r} is not UTF-8 text (byte 0x{head[error.start]:02x} at offset {error.start}). "
@@ -192,16 +194,23 @@ def split_text(text: Iterator[str], cut: int, reach: int = 0) -> Iterator[tuple[
         position += len(block)
 
 
-def json_lines(path: Path, encoding: str) -> Iterator[str]:
-    """The `text` fields of a .jsonl file, one document a line, blank lines skipped.
+def count_lines(path: Path, encoding: str) -> int:
+    """How many lines of a file are not blank: the documents of a .jsonl file."""
+    return sum(1 for line in _lines(blocks(path, encoding, 1 << 20)) if line.strip())
+
+
+def json_lines(path: Path, encoding: str, first: int = 0, last: int | None = None) -> Iterator[str]:
+    """The `text` fields of the documents first..last-1 of a .jsonl file, one document a line, blank lines skipped.
 
     Errors: FewbitsError with file and line for a line that is not a JSON object with a string in `text`.
     """
-    number = 0
-    for line in _lines(blocks(path, encoding)):
-        number += 1
-        if not line.strip():
+    index = -1
+    for number, line in enumerate(_lines(blocks(path, encoding)), start=1):
+        index += bool(line.strip())
+        if not line.strip() or index < first:
             continue
+        if last is not None and index >= last:
+            return
         where = f"{str(path)!r}, line {number}:"
         try:
             record = json.loads(line)

@@ -30,7 +30,7 @@ class TokenStore:
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
-        """folder: an entry of the cache, verified already. facts: what its manifest says."""
+        """folder: an entry of the cache, verified already. facts: what `describe` gives."""
         self.folder = folder
         self._facts = facts
         dtype = np.dtype(facts["dtype"])
@@ -82,12 +82,7 @@ def _map(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
 def _build(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: Progress) -> dict[str, Any]:
     began = time.perf_counter()
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    facts: dict[str, Any] = {
-        "corpus": corpus.name,
-        "notes": list(corpus.notes),
-        "dtype": dtype.str,
-        "vocab_size": tokenizer.vocab_size,
-    }
+    facts: dict[str, Any] = {"dtype": dtype.str, "vocab_size": tokenizer.vocab_size}
     done, total = 0, max(1, corpus.bytes)
     for split in SPLITS:
         with (folder / f"{split}.tokens").open("wb") as tokens, (folder / f"{split}.documents").open("wb") as documents:
