@@ -1,0 +1,26 @@
+"""`fewbits precision NAME`: what a precision means, role by role, and what of it runs natively on a device."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command()
+@click.argument("name", metavar="NAME")
+@click.option("--device", default="auto", help="Device to ask: auto, cpu, cuda, cuda:1. Default: the best one present.")
+def precision(name: str, device: str) -> None:
+    """Print the table of a precision: fp32, tf32, fp16-mixed, bf16-mixed, fp16-true, bf16-true or fp64.
+
+    Overrides follow the name: fewbits precision "bf16-mixed, master=fp32".
+    """
+    import torch
+
+    from fewbits.precision.hardware import check, describe
+    from fewbits.precision.precision import Precision
+
+    parsed = Precision.parse(name)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    hardware = describe(device)
+    check(parsed, hardware)
+    click.echo(parsed.table(device=hardware))

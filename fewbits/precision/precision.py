@@ -1,0 +1,256 @@
+"""A precision: one named, printable, parseable choice of a format for every role of a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fewbits.choice import Choice
+from fewbits.errors import FewbitsError, nearest
+from fewbits.formats import FORMATS, Format
+
+MASTERS = ("auto", "fp32", "split", "none")
+_LATER_MASTERS = ("split8", "kahan", "stochastic")
+_LATER_MOMENTS = ("bf16", "int8", "fp8", "int4")
+_SCALE_OPTIONS = ("initial", "growth", "backoff", "interval", "floor", "ceiling", "hysteresis")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Formats by role. Two precisions with equal fields are equal; `Precision.parse(str(p)) == p`.
+
+    name: fp64 fp32 tf32 fp16-mixed bf16-mixed fp16-true bf16-true.
+    working: what the model's parameters are stored in.
+    operand: what the three matmuls (output, grad_input, grad_weight) multiply; also the format of activations.
+    gradient: what gradients of parameters arrive in.
+    reduction: softmax, norm statistics, the loss, sums over tokens, accumulation.
+    master: "auto", "fp32", "split" (bf16 plus a 16-bit remainder) or "none"; see resolved_master.
+    moments: "fp32"; "fp64" for fp64.
+    update_rounding: how the working weight is rounded after an update: "nearest" (ties away from zero).
+    loss_scale: "none", "static:1024", "dynamic" or "dynamic:initial=65536,interval=2000" (any of initial, growth,
+        backoff, interval, floor, ceiling, hysteresis).
+
+    Raises FewbitsError for fields that contradict each other.
+    """
+
+    name: str
+    working: Format
+    operand: Format
+    gradient: Format
+    reduction: Format
+    master: str = "auto"
+    moments: str = "fp32"
+    update_rounding: str = "nearest"
+    loss_scale: str = "none"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "loss_scale", _normal_loss_scale(self.loss_scale))
+        _check_master(self)
+        wide = "fp64" if self.working.name == "fp64" else "fp32"
+        if self.moments != wide:
+            later = " Other kinds of moments are not in this version." if self.moments in _LATER_MOMENTS else ""
+            raise FewbitsError(f"{self.name} keeps its moments in {wide}, not '{self.moments}'.{later}")
+        if self.update_rounding != "nearest":
+            raise FewbitsError(f"update_rounding is 'nearest' in this version, not '{self.update_rounding}'.")
+
+    def __str__(self) -> str:
+        """The name, then what differs from its defaults: "bf16-mixed, master=fp32"."""
+        base = PRECISIONS[self.name]
+        changed = [f for f in OVERRIDES if getattr(self, f) != getattr(base, f)]
+        return ", ".join([self.name, *(f"{field}={getattr(self, field)}" for field in changed)])
+
+    @staticmethod
+    def parse(text: str | Precision) -> Precision:
+        """The precision of a name or alias, with overrides: "bf16-mixed, master=fp32, loss_scale=static:1024".
+
+        >>> Precision.parse("16-mixed").name
+        'fp16-mixed'
+        >>> str(Precision.parse("bf16, master=auto, loss_scale=static:1024"))
+        'bf16-mixed, loss_scale=static:1024'
+        """
+        if isinstance(text, Precision):
+            return text
+        first, *parts = str(text).split(",")
+        changes: dict[str, str] = {}
+        previous = ""
+        for part in parts:
+            key, equals, value = (word.strip() for word in part.partition("="))
+            if key in OVERRIDES and equals:
+                changes[key] = value
+                previous = key
+            elif previous == "loss_scale" and ":" in changes["loss_scale"]:  # dynamic:initial=1024,interval=100
+                changes["loss_scale"] += f",{key}={value}"
+            else:
+                raise FewbitsError(
+                    f"'{part.strip()}' in precision '{text}' is not an override.{nearest(key, OVERRIDES)} "
+                    f"Write KEY=VALUE with {', '.join(OVERRIDES)}."
+                )
+        return _named(first).replace(**changes)
+
+    def replace(self, **changes: Any) -> Precision:
+        """The same precision with other fields; contradictions raise FewbitsError."""
+        return dataclasses.replace(self, **changes) if changes else self
+
+    @property
+    def is_true(self) -> bool:
+        """Whether this is a 16-bit precision that keeps no exact weights by its name."""
+        return self.name.endswith("-true")
+
+    def resolved_master(self) -> Choice:
+        """The kind of master weights, "fp32", "split" or "none", and why."""
+        if self.working.bits >= 32:
+            return Choice("none", f"the {self.working} working weight is exact")
+        if self.master == "none":
+            return Choice("none", "asked for: updates smaller than half an ulp of the weight are lost")
+        if self.is_true:
+            return Choice("none", f"{self.name} keeps no exact weights; updates are rounded to nearest, ties away")
+        if self.master != "auto":
+            return Choice(self.master, "asked for")
+        if self.working.name == "bf16":
+            return Choice("split", "bf16 and a 16-bit remainder hold fp32 exactly")
+        return Choice("fp32", f"{self.working} has too few exponent bits for a split master")
+
+    def to_json(self) -> dict[str, str]:
+        """Every field as text, with the schema version; `from_json` reads it back."""
+        fields = {f.name: str(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {"schema": "fewbits.precision/1", **fields}
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any] | str) -> Precision:
+        """The precision that `to_json` described, from a mapping or its JSON text. FewbitsError for anything else."""
+        try:
+            fields = dict(json.loads(value) if isinstance(value, str) else value)
+        except (TypeError, ValueError):
+            raise FewbitsError("This is no precision: it is not a JSON object. Expected what to_json wrote.") from None
+        names = {f.name for f in dataclasses.fields(Precision)}
+        if fields.pop("schema", None) != "fewbits.precision/1" or set(fields) != names:
+            raise FewbitsError(
+                f"This is no precision of this version: its fields are {', '.join(sorted(map(str, fields))) or 'none'}."
+            )
+        if not all(isinstance(field, str) for field in fields.values()):
+            raise FewbitsError("This is no precision of this version: every field has to be text.")
+        parsed = _named(fields["name"]).replace(**{key: fields[key] for key in OVERRIDES})
+        if parsed.to_json() != {"schema": "fewbits.precision/1", **fields}:
+            raise FewbitsError(f"The formats stored for precision '{parsed.name}' are not those of this version.")
+        return parsed
+
+    def table(self, report: object | None = None, device: object | None = None) -> str:
+        """What `fewbits precision NAME` prints; see `fewbits.precision.table.table`."""
+        from fewbits.precision.table import table
+
+        return table(self, report, device)
+
+
+def _precision(name: str, operand: str, working: str = "", loss_scale: str = "none") -> Precision:
+    storage = FORMATS[working or operand]
+    wide = FORMATS["fp64" if operand == "fp64" else "fp32"]
+    return Precision(
+        name=name,
+        working=storage,
+        operand=FORMATS[operand],
+        gradient=storage,
+        reduction=wide,
+        moments=wide.name,
+        loss_scale=loss_scale,
+    )
+
+
+OVERRIDES = ("master", "moments", "update_rounding", "loss_scale")
+
+ALIASES: dict[str, str] = {
+    "bf16": "bf16-mixed", "bfloat16": "bf16-mixed", "bfloat16-mixed": "bf16-mixed",
+    "fp16": "fp16-mixed", "float16": "fp16-mixed", "half": "fp16-mixed", "16-mixed": "fp16-mixed",
+    "float16-mixed": "fp16-mixed", "16": "fp16-mixed", "16-true": "fp16-true",
+    "float32": "fp32", "float": "fp32", "32": "fp32", "32-true": "fp32", "no": "fp32",
+    "float64": "fp64", "double": "fp64", "64": "fp64", "64-true": "fp64", "tensorfloat32": "tf32",
+}  # fmt: skip
+LATER = ("fp8", "fp8-tensor", "fp8-row", "fp8-block", "mxfp8", "nvfp4", "int8", "int8-qat", "int4-qat", "binary-qat")
+
+
+def _named(text: str) -> Precision:
+    word = text.strip().lower().removeprefix("torch.").replace("_", "-")
+    name = ALIASES.get(word, word)
+    if name in PRECISIONS:
+        return PRECISIONS[name]
+    if name in LATER or re.match(r"(fp|int|mxfp|nvfp)[1-9](?!\d)", name):
+        raise FewbitsError(f"Precision '{name}' is not in this version; it has {', '.join(PRECISIONS)}.")
+    raise FewbitsError(
+        f"There is no precision '{text.strip()}'.{nearest(word, [*PRECISIONS, *ALIASES])} "
+        f"Precisions are {', '.join(PRECISIONS)}."
+    )
+
+
+def _check_master(precision: Precision) -> None:
+    master, working = precision.master, precision.working.name
+    if master in _LATER_MASTERS:
+        raise FewbitsError(f"master={master} is not in this version; it has {', '.join(MASTERS)}.")
+    if master not in MASTERS:
+        raise FewbitsError(f"There is no master kind '{master}'.{nearest(master, MASTERS)} Use {', '.join(MASTERS)}.")
+    if master == "split" and working == "fp16":
+        raise FewbitsError(
+            f"{precision.name} cannot split its masters: fp16 has too few exponent bits; use master=fp32."
+        )
+    if (master == "split" and working != "bf16") or (master == "fp32" and working == "fp64"):
+        raise FewbitsError(f"{precision.name} needs no {master} masters: its weights are exact; use master=auto.")
+    if master in ("fp32", "split") and precision.is_true:
+        mixed = precision.name.replace("-true", "-mixed")
+        raise FewbitsError(f"{precision.name} keeps no masters, so master={master} contradicts it; use {mixed}.")
+
+
+def _normal_loss_scale(text: str) -> str:
+    """The loss scale in its one spelling: no spaces, integers without a point. Raises FewbitsError."""
+    kind, colon, rest = text.replace(" ", "").lower().partition(":")
+    if kind in ("none", "dynamic") and not colon:
+        return kind
+    if kind == "static" and rest:
+        return f"static:{_power_of_two(rest, text)}"
+    if kind == "dynamic" and rest:
+        return "dynamic:" + ",".join(_scale_option(option, text) for option in rest.split(","))
+    raise FewbitsError(
+        f"'{text}' is no loss scale.{nearest(kind, ('none', 'static', 'dynamic'))} "
+        "Write none, static:1024, dynamic or dynamic:initial=65536,interval=2000."
+    )
+
+
+def _scale_option(option: str, text: str) -> str:
+    key, _, value = option.partition("=")
+    if key not in _SCALE_OPTIONS:
+        raise FewbitsError(
+            f"'{option}' in loss scale '{text}' is not an option.{nearest(key, _SCALE_OPTIONS)} "
+            f"Options are {', '.join(_SCALE_OPTIONS)}."
+        )
+    if key in ("interval", "hysteresis"):
+        if not value.isdigit() or int(value) < 1:
+            raise FewbitsError(f"{key}={value} in loss scale '{text}' has to be a whole number of steps, 1 or more.")
+        return f"{key}={int(value)}"
+    return f"{key}={_power_of_two(value, text)}"
+
+
+def _power_of_two(value: str, text: str) -> str:
+    try:
+        base, power, exponent = value.replace("**", "^").partition("^")
+        number = float(base) ** int(exponent) if power else float(base)
+    except (ValueError, OverflowError, ZeroDivisionError):
+        number = math.nan
+    if not 2.0**-126 <= number <= 2.0**127 or math.frexp(number)[0] != 0.5:
+        raise FewbitsError(f"'{value}' in loss scale '{text}' is not a power of two such as 1024 or 0.5.")
+    return str(int(number)) if number >= 1 else repr(number)
+
+
+PRECISIONS: dict[str, Precision] = {
+    p.name: p
+    for p in (
+        _precision("fp64", "fp64"),
+        _precision("fp32", "fp32"),
+        _precision("tf32", "tf32", working="fp32"),
+        _precision("fp16-mixed", "fp16", loss_scale="dynamic"),
+        _precision("bf16-mixed", "bf16"),
+        _precision("fp16-true", "fp16", loss_scale="dynamic"),
+        _precision("bf16-true", "bf16"),
+    )
+}

@@ -1,0 +1,89 @@
+"""What torch keeps globally about matmuls, set for a precision and put back, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from fewbits.precision.precision import Precision
+
+# Both accumulate in 16 bits somewhere inside the matmul; neither may happen unasked.
+_REDUCED = (
+    "allow_fp16_reduced_precision_reduction",
+    "allow_bf16_reduced_precision_reduction",
+    "allow_fp16_accumulation",
+)
+
+
+@contextmanager
+def torch_switches(precision: Precision, device: torch.device | str) -> Iterator[None]:
+    """Within: TF32 for matmul and cuDNN exactly when the precision multiplies tf32 on a CUDA device, fp32 products
+    otherwise, and no reductions in 16 bits. Afterwards every switch is as it was, also after an exception.
+
+    torch has two interfaces for TF32, and reading the old one raises once the new one has said something else (2.9 to
+    2.13 at least). Only the old setters keep both in agreement, so those are used to set; the strings of the new one,
+    which can always be read, are put back last.
+    """
+    tf32 = precision.operand.name == "tf32" and torch.device(device).type == "cuda"
+    saved = _read()
+    try:
+        _set_if_different("high" if tf32 else "highest", tf32)
+        for name in _REDUCED:
+            if getattr(torch.backends.cuda.matmul, name, False):
+                setattr(torch.backends.cuda.matmul, name, False)
+        yield
+    finally:
+        _restore(saved)
+
+
+def _new_style() -> list[tuple[Any, str]]:
+    """(object, its fp32_precision now) for the switches of torch's newer interface; none before torch 2.9."""
+    backends: Any = torch.backends
+    owners = (backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+    return [(owner, owner.fp32_precision) for owner in owners if hasattr(owner, "fp32_precision")]
+
+
+def _old_style() -> tuple[str, bool] | None:
+    """(float32 matmul precision, TF32 in cuDNN), or None where the newer interface has made them unreadable."""
+    try:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        return None
+
+
+def _read() -> tuple[tuple[str, bool] | None, list[tuple[Any, str]], dict[str, Any]]:
+    reduced = {name: getattr(torch.backends.cuda.matmul, name) for name in _REDUCED if _has(name)}
+    return _old_style(), _new_style(), reduced
+
+
+def _has(name: str) -> bool:
+    try:
+        return hasattr(torch.backends.cuda.matmul, name)
+    except (AssertionError, RuntimeError):
+        return False
+
+
+def _set_if_different(matmul: str, cudnn: bool) -> None:
+    if _old_style() != (matmul, cudnn) or any(value not in _AGREE[matmul] for _, value in _new_style()[:1]):
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = cudnn
+
+
+_AGREE = {"high": ("tf32",), "highest": ("none", "ieee")}
+
+
+def _restore(saved: tuple[tuple[str, bool] | None, list[tuple[Any, str]], dict[str, Any]]) -> None:
+    old, new, reduced = saved
+    if _old_style() != old:
+        torch.set_float32_matmul_precision(old[0] if old else "highest")
+        torch.backends.cudnn.allow_tf32 = old[1] if old else True
+    for owner, value in new:
+        if owner.fp32_precision != value:
+            owner.fp32_precision = value
+    for name, value in reduced.items():
+        if getattr(torch.backends.cuda.matmul, name) != value:
+            setattr(torch.backends.cuda.matmul, name, value)

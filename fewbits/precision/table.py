@@ -1,0 +1,102 @@
+"""How a precision prints: one row a role, each with where it lives and why."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+from fewbits.precision.hardware import Hardware, describe, native
+
+if TYPE_CHECKING:
+    from fewbits.precision.precision import Precision
+
+Row = tuple[str, str, str]
+
+_MASTER_WHERE = {
+    "fp32": "optimizer, fp32 copy",
+    "split": "optimizer, split 16+16",
+    "none": "not kept",
+}
+
+
+def table(precision: Precision, report: object | None = None, device: object | None = None) -> str:
+    """The table of a precision as plain text, lines up to about 120 characters.
+
+    report: what `prepare` left as model.fewbits_report; adds how many parameters were rounded and what was kept.
+    device: a torch device, its name, or a Hardware; adds the row that says what runs natively there.
+    """
+    lines: list[Row] = [("precision", str(precision), ""), ("role", "format", "where")]
+    lines += [_working(precision, report), _master(precision)]
+    lines += [("moments", precision.moments, "optimizer")]
+    lines += [(name, "", _matmul(precision)) for name in ("output", "grad_input", "grad_weight")]
+    lines += [("gradients", str(precision.gradient), "parameters' .grad; several micro-batches accumulate in "
+               + str(precision.reduction))]  # fmt: skip
+    lines += [_kept(precision, report)]
+    sums = "softmax, norm statistics, loss, weight-gradient sums, accumulation"
+    lines += [("reductions", str(precision.reduction), sums)]
+    lines += [("loss scale", precision.loss_scale, _loss_scale_reason(precision))]
+    if device is not None:
+        lines += [_runs(precision, device if isinstance(device, Hardware) else describe(str(device)))]
+    return "\n".join(_line(row) for row in lines)
+
+
+def _line(row: Row) -> str:
+    role, format, where = row
+    if not format:
+        head = f"{role:<16}"
+    else:
+        head = f"{role:<16}{format:<11}" if len(format) < 11 else f"{role:<16}{format}  "
+    indent = " " * (16 if not format else 27)
+    return "\n".join(textwrap.wrap(where, 120, initial_indent=head, subsequent_indent=indent)) or head.rstrip()
+
+
+def _working(precision: Precision, report: Any) -> Row:
+    where = "model parameters"
+    if precision.working.bits < 32:
+        where += ", rounded by prepare(), ties away"
+        if report is not None:
+            where = f"prepare() rounded {report.rounded} of {report.parameters} parameters, ties away"
+    return ("working weight", str(precision.working), where)
+
+
+def _master(precision: Precision) -> Row:
+    kind, reason = precision.resolved_master()
+    return ("master weight", "none" if kind == "none" else "fp32", f"{_MASTER_WHERE[kind]} (why: {reason})")
+
+
+def _matmul(precision: Precision) -> str:
+    operand = precision.operand
+    result = precision.working if operand.name == "tf32" else operand
+    rounding = ", nearest-even" if result.bits < 32 else ""
+    return f"{operand} x {operand} -> {result}{rounding}, {precision.reduction} accumulation"
+
+
+def _kept(precision: Precision, report: Any) -> Row:
+    kept = list(getattr(report, "kept", ()))
+    if kept:
+        names = ", ".join(row[0] for row in kept[:4]) + (f" and {len(kept) - 4} more" if len(kept) > 4 else "")
+        return ("kept", "", f"{names} (why: {kept[0][3]}); buffers (why: only parameters are rounded)")
+    if precision.working.bits < 32:
+        return ("kept", "", "buffers, as they are (why: only parameters are rounded)")
+    return ("kept", "", "every parameter, as it is (why: nothing is rounded)")
+
+
+def _loss_scale_reason(precision: Precision) -> str:
+    kind = precision.loss_scale.partition(":")[0]
+    if kind == "none":
+        if precision.gradient.bits >= 32:
+            return f"(why: {precision.gradient} gradients need none)"
+        if precision.gradient.exponent_bits >= 8:
+            return f"(why: {precision.gradient} gradients have the range of fp32)"
+        return f"(asked for: {precision.gradient} gradients below {precision.gradient.smallest_subnormal:.1g} vanish)"
+    why = f"{precision.gradient} gradients below {precision.gradient.smallest_subnormal:.1g} vanish"
+    if precision.gradient.exponent_bits >= 8:
+        why = "asked for"
+    return f"(why: {why})"
+
+
+def _runs(precision: Precision, hardware: Hardware) -> Row:
+    answer = native(precision.operand, hardware)
+    how = "native" if answer.value else "emulated" if hardware.kind == "cpu" else "refused"
+    detail = ": rounded to the format, multiplied in fp32" if how == "emulated" else ""
+    return ("runs", how, f"on {hardware}{detail} (why: {answer.reason})")
