@@ -56,7 +56,7 @@ def test_norms_equal_torch_in_every_dtype(dtype):
     torch.manual_seed(1)
     x = torch.randn(7, 5, 32)
     for ours, theirs in ((LayerNorm(32), torch.nn.LayerNorm(32)), (RMSNorm(32, eps=1e-5), torch.nn.RMSNorm(32, eps=1e-5))):
-        a, b = x.to(dtype).requires_grad_(), x.to(dtype).double().requires_grad_()
+        a, b = x.to(dtype, copy=True).requires_grad_(), x.to(dtype).double().requires_grad_()
         ours.to(dtype)(a).sum().backward()
         theirs.double()(b).sum().backward()
         torch.testing.assert_close(ours(a).double(), theirs(b), rtol=2 * HALF_ULP.get(dtype, 1e-6), atol=1e-6)
