@@ -176,14 +176,14 @@ def test_a_wrong_header_raises_instead_of_allocating(run: Path) -> None:
 
 
 def test_foreign_folders_get_one_sentence_each(tmp_path: Path) -> None:
-    with pytest.raises(FewbitsError, match="does not exist. Name a run folder"):
+    with pytest.raises(FewbitsError, match=r"does not exist. Name a run folder"):
         load_checkpoint(tmp_path / "nowhere")
     with pytest.raises(FewbitsError, match=r"it is empty"):
         load_checkpoint(tmp_path)
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(FewbitsError, match=r"is not a run or checkpoint of fewbits \(it holds thesis.tex\)"):
         load_checkpoint(tmp_path)
-    with pytest.raises(FewbitsError, match="is a file. Name a run folder"):
+    with pytest.raises(FewbitsError, match=r"is a file. Name a run folder"):
         load_checkpoint(tmp_path / "thesis.tex")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FewbitsError, match="looks like a Hugging Face folder"):
@@ -192,7 +192,7 @@ def test_foreign_folders_get_one_sentence_each(tmp_path: Path) -> None:
     with pytest.raises(FewbitsError, match="has no checkpoint yet"):
         load_checkpoint(tmp_path)
     (tmp_path / "step-00000007").mkdir()
-    with pytest.raises(FewbitsError, match="step-00000007 is damaged: manifest.json is missing"):
+    with pytest.raises(FewbitsError, match=r"step-00000007 is damaged: manifest.json is missing"):
         load_checkpoint(tmp_path / "step-00000007")
 
 
