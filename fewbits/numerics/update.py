@@ -1,11 +1,11 @@
 """What an optimizer does to a weight, as pieces: split masters, ties-away rounding, and the update rules.
 
-All arithmetic here is fp32 (fp64 for fp64 weights). The rules are written in single operations (add, subtract, multiply,
-divide, square root; no lerp, addcmul or addcdiv, whose vectorized body may fuse what its scalar tail does not): in eager
-code an element has one result however the tensor is cut, grouped, sharded or vectorized. Every master kind shares these
-same lines, which is why the split and the fp32 master agree bit for bit. A compiler on CUDA may fuse a multiplication into
-an addition, the same way for every kind; eager and compiled results differ in the last places (torch's own CPU square root
-is off by up to one unit in the last place, a compiled one is exact).
+All arithmetic here is fp32 (fp64 for fp64 weights). The rules are written in single operations (add, subtract,
+multiply, divide, square root; no lerp, addcmul or addcdiv, whose vectorized body may fuse what its scalar tail does
+not): in eager code an element has one result however the tensor is cut, grouped, sharded or vectorized. Every master
+kind shares these same lines, which is why the split and the fp32 master agree bit for bit. A compiler on CUDA may
+fuse a multiplication into an addition, the same way for every kind; eager and compiled results differ in the last
+places (torch's own CPU square root is off by up to one unit in the last place, a compiled one is exact).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 def split_master(exact: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 -> (bf16 working weight, int16 remainder), of the same shape, without loss.
 
-    working = nearest, ties away from zero, on the bits: (bits + 0x8000) >> 16; remainder = bits - (working << 16), which
-    fits a signed 16-bit integer exactly because a tie goes up. Values that round beyond the largest bf16 become inf in the
-    working weight only. Every NaN becomes the quiet NaN with remainder 0: CUDA's own NaN, 0x7FFFFFFF, would carry into the
-    sign, and one whose payload lies in the low bits would look like inf.
+    working = nearest, ties away from zero, on the bits: (bits + 0x8000) >> 16; remainder = bits - (working << 16),
+    which fits a signed 16-bit integer exactly because a tie goes up. Values that round beyond the largest bf16 become
+    inf in the working weight only. Every NaN becomes the quiet NaN with remainder 0: CUDA's own NaN, 0x7FFFFFFF,
+    would carry into the sign, and one whose payload lies in the low bits would look like inf.
     """
     bits = exact.view(torch.int32)
     top = (bits + 0x8000) >> 16
@@ -93,7 +93,8 @@ def _adam_(weight: Tensor, gradient: Tensor, moments: Sequence[Tensor], scalars:
 def sgd_(weight: Tensor, gradient: Tensor, moments: Sequence[Tensor], scalars: Sequence[Tensor]) -> None:
     """One step of SGD in place, decay in the gradient, momentum as torch.optim.SGD has it with dampening 0.
 
-    moments = (momentum_buffer,), or () without momentum; scalars, 0-d: lr, weight_decay, momentum. `gradient` is consumed.
+    moments = (momentum_buffer,), or () without momentum; scalars, 0-d: lr, weight_decay, momentum. `gradient` is
+    consumed.
     """
     lr, decay, momentum = scalars
     gradient.add_(weight * decay)

@@ -34,8 +34,8 @@ class Optimizer(torch.optim.Optimizer):
     """Base of AdamW, Adam and SGD. Not for use by itself.
 
     State per parameter, made at the first update with a gradient: the moments (`moment_names`; fp32, fp64 for fp64),
-    `master` (see master.py) and `since`, the number of applied steps before its birth (0-d int64). Moments and master are
-    shaped, placed and sharded like the parameter.
+    `master` (see master.py) and `since`, the number of applied steps before its birth (0-d int64). Moments and master
+    are shaped, placed and sharded like the parameter.
     """
 
     _step_supports_amp_scaling = True  # torch's GradScaler then hands over grad_scale and found_inf, and does not wait
@@ -87,8 +87,8 @@ class Optimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update from `.grad`, in a plain loop.
 
-        Honours `grad_scale` and `found_inf` as torch's GradScaler sets them: gradients are divided by the one, and nothing
-        changes where the other is not 0. Without them every step is applied, as in torch.
+        Honours `grad_scale` and `found_inf` as torch's GradScaler sets them: gradients are divided by the one, and
+        nothing changes where the other is not 0. Without them every step is applied, as in torch.
         """
         loss = None
         if closure is not None:
@@ -114,7 +114,8 @@ class Optimizer(torch.optim.Optimizer):
 
         Args:
             factor: 0-d fp32, multiplied into every gradient (in fp32) before use: inv_scale times the clip coefficient.
-            applied: 0-d bool; where false no weight, master, moment or count changes by a bit, whatever the gradients are.
+            applied: 0-d bool; where false no weight, master, moment or count changes by a bit, whatever the gradients
+            are.
             lr_factor: 0-d fp32 or fp64, multiplies each group's `lr`.
             clip_value: elementwise bound on factor * gradient, or None.
             gradients: parameter -> gradient, used instead of `.grad`; a parameter that is not in it is left alone.
@@ -216,10 +217,11 @@ class Optimizer(torch.optim.Optimizer):
     # Exact weights
 
     def resolve_master(self, kind: str) -> str:
-        """Settles master="auto" by what the precision asks for ("fp32", "split", "none"); returns the kind now in force.
+        """Settles master="auto" by what the precision asks for ("fp32", "split", "none"); returns the kind in force.
 
-        A kind that the user gave to the optimizer stands if both keep exact weights or both keep none; fp32 and split differ
-        in memory only. Raises FewbitsError if one keeps exact weights and the other none, or if state of another kind exists.
+        A kind that the user gave to the optimizer stands if both keep exact weights or both keep none; fp32 and split
+        differ in memory only. Raises FewbitsError if one keeps exact weights and the other none, or if state of
+        another kind exists.
         """
         _check_kinds(kind, self.moments)
         if kind == "auto" or (
@@ -251,7 +253,7 @@ class Optimizer(torch.optim.Optimizer):
         return sharding.placed(exact.clone(), parameter)
 
     def _kept(self, parameter: Tensor) -> Tensor | None:
-        """What is kept beside the parameter (local), from its state or, before that is made, from what it will adopt."""
+        """What is kept beside the parameter (local): from its state or, before that is made, what it will adopt."""
         kind, state, working = self.master_kind(parameter), self.state.get(parameter), local(parameter)
         if kind == "none":
             return None
@@ -321,7 +323,7 @@ class Optimizer(torch.optim.Optimizer):
         sizes, own_sizes = ([len(group["params"]) for group in some] for some in (groups, self.param_groups))
         if sizes != own_sizes:
             raise FewbitsError(
-                f"the saved state has groups of {sizes} parameters and this optimizer of {own_sizes}; group them as saved."
+                f"the saved state has groups of {sizes} parameters and this optimizer {own_sizes}; group them as saved."
             )
         fresh: dict[Tensor, dict[str, Tensor]] = {}
         births: dict[int, Tensor] = {}
@@ -347,8 +349,8 @@ class Optimizer(torch.optim.Optimizer):
             dtypes["master"] = master.STATE_DTYPES[kind]
         if set(saved) != {*dtypes, "since"}:
             raise FewbitsError(
-                f"the saved state of a {parameter.dtype} parameter holds {', '.join(sorted(saved))}; this optimizer keeps "
-                f"{', '.join(sorted({*dtypes, 'since'}))} (master {kind!r}): make it as it was saved."
+                f"the saved state of a {parameter.dtype} parameter holds {', '.join(sorted(saved))}; this optimizer "
+                f"keeps {', '.join(sorted({*dtypes, 'since'}))} (master {kind!r}): make it as it was saved."
             )
         state: dict[str, Tensor] = {}
         for name, dtype in dtypes.items():
@@ -368,8 +370,8 @@ class Optimizer(torch.optim.Optimizer):
     def named_state(self, named_parameters: Iterable[tuple[str, Tensor]], masters: bool = False) -> dict[str, Tensor]:
         """The state as one flat dict: "NAME/exp_avg" and so on, and "applied_steps".
 
-        Moments (and masters) are the live tensors, not copies. Masters are left out unless asked for: a checkpoint stores
-        `exact_weight`, which says it all.
+        Moments (and masters) are the live tensors, not copies. Masters are left out unless asked for: a checkpoint
+        stores `exact_weight`, which says it all.
         """
         tensors = {"applied_steps": self.applied_steps.clone()}
         for name, parameter in named_parameters:
@@ -380,8 +382,10 @@ class Optimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_named_state(self, named_parameters: Iterable[tuple[str, Tensor]], tensors: Mapping[str, Tensor]) -> None:
-        """Restores what `named_state` gave, exactly. Without masters among `tensors` the exact weights stay what they are:
-        give them to `load_exact`, before or after."""
+        """Restores what `named_state` gave, exactly.
+
+        Without masters among `tensors` the exact weights stay what they are: give them to `load_exact`, before or after.
+        """
         groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
         named = [(name, parameter) for name, parameter in named_parameters if parameter in groups]
         saved: dict[str, dict[str, Tensor]] = {}

@@ -1,4 +1,4 @@
-"""Clipping: one read of the gradients measures them, one factor inside the update rescales them; they are never written back."""
+"""Clipping: one read measures the gradients, one factor inside the update rescales them; they are never written back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fewbits.optim import sharding
 
 CLIP_KINDS = ("norm", "inf", "value")
 _ROW = 65536
-"""Elements that a CPU sums in fp32 before fp64 takes over; it also makes the sum independent of the number of threads."""
+"""Elements that a CPU sums in fp32 before fp64 takes over; the sum then does not depend on the number of threads."""
 
 
 def check_kind(kind: str) -> str:
@@ -26,10 +26,10 @@ def check_kind(kind: str) -> str:
 def measure(gradients: Iterable[Tensor], kind: str = "norm") -> Tensor:
     """The global norm of all gradients, 0-d fp32 on their device.
 
-    The 2-norm for "norm" and "value", the largest absolute value for "inf". One read, summed in fp32 within a tensor and in
-    fp64 across (fp64 gradients: all in fp64), whatever the dtype of the gradients. It is finite exactly when every gradient
-    is; a tensor whose own 2-norm exceeds sqrt(fp32 max) = 1.8e19 counts as not finite. DTensors are measured whole: every
-    rank gets the same number. An empty list measures 0, on the CPU.
+    The 2-norm for "norm" and "value", the largest absolute value for "inf". One read, summed in fp32 within a tensor
+    and in fp64 across (fp64 gradients: all in fp64), whatever the dtype of the gradients. It is finite exactly when
+    every gradient is; a tensor whose own 2-norm exceeds sqrt(fp32 max) = 1.8e19 counts as not finite. DTensors are
+    measured whole: every rank gets the same number. An empty list measures 0, on the CPU.
     """
     order = math.inf if check_kind(kind) == "inf" else 2.0
     groups: dict[object, list[Tensor]] = {}
@@ -45,15 +45,16 @@ def measure(gradients: Iterable[Tensor], kind: str = "norm") -> Tensor:
 def coefficient(norm: Tensor, clip: float) -> Tensor:
     """The 0-d factor min(1, clip / norm) for a 0-d `norm`.
 
-    There is no epsilon, unlike torch.nn.utils.clip_grad_norm_ (clip / (norm + 1e-6)): [10, 1] under the infinity norm and
-    clip=1 becomes [1, 0.1] exactly. A norm of 0 gives 1; NaN stays NaN, and the step that has one is not applied.
+    There is no epsilon, unlike torch.nn.utils.clip_grad_norm_ (clip / (norm + 1e-6)): [10, 1] under the infinity norm
+    and clip=1 becomes [1, 0.1] exactly. A norm of 0 gives 1; NaN stays NaN, and the step that has one is not applied.
     """
     return torch.clamp(clip / norm, max=1.0)
 
 
 def _norm(values: Tensor, order: float) -> Tensor:
     """The norm of 1-D `values` in fp64, 0-d."""
-    return torch.linalg.vector_norm(values.to(torch.float64), order)
+    norm: Tensor = torch.linalg.vector_norm(values.to(torch.float64), order)
+    return norm
 
 
 def _local_norms(tensors: Sequence[Tensor], order: float) -> Tensor:
@@ -64,7 +65,7 @@ def _local_norms(tensors: Sequence[Tensor], order: float) -> Tensor:
             if tensor.numel():
                 groups.setdefault(tensor.dtype, []).append(tensor)
         parts = [
-            torch.stack(torch._foreach_norm(group, order, dtype=_sum_dtype(dtype))).double()  # type: ignore[call-overload]
+            torch.stack(torch._foreach_norm(group, order, dtype=_sum_dtype(dtype))).double()
             for dtype, group in groups.items()
         ]
     else:

@@ -1,7 +1,7 @@
-"""Runs an update rule over many tensors: one flat function, compiled where that pays, cut into cache-sized pieces where not.
+"""Runs an update rule over many tensors: one flat function, compiled where that pays, cut into pieces where not.
 
-The function is the same for every master kind up to how the exact weight is read and stored, so that the new exact weight
-comes from the same lines (and the same compiled arithmetic) for all of them.
+The function is the same for every master kind up to how the exact weight is read and stored, so that the new exact
+weight comes from the same lines (and the same compiled arithmetic) for all of them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ PIECE = 65536  # elements; five fp32 pieces of this size and their temporaries s
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One parameter's local tensors, all of one shape: working (bf16, fp16, fp32 or fp64), gradient (any float), master (fp32, int16
-    or None), moments (fp32, or fp64 with an fp64 parameter)."""
+    """One parameter's local tensors, all of one shape.
+
+    working: bf16, fp16, fp32 or fp64; gradient: any float; master: fp32, int16 or None; moments: fp32, or fp64 with fp64.
+    """
 
     working: Tensor
     gradient: Tensor
@@ -43,8 +45,10 @@ class Item:
 
 @dataclass(frozen=True, eq=False)
 class Settings:
-    """What all items of one call share: rule and master kind; 0-d tensors on the device: factor and clip_value (fp32), applied
-    (bool; None: always); scalars: 1-D, of the update's dtype."""
+    """What all items of one call share: the rule, the master kind, and tensors on their device.
+
+    factor, clip_value (or None): 0-d fp32; applied: 0-d bool, or None for always; scalars: 1-D, of the update's dtype.
+    """
 
     rule: Rule
     kind: str
@@ -66,7 +70,7 @@ def update_flat(
     applied: Tensor | None,
     scalars: Tensor,
 ) -> None:
-    """One update, in place, of tensors of one shape; see Item and Settings. Where `applied` is false every bit stays."""
+    """One update, in place, of tensors of one shape (see Item, Settings). Where `applied` is false every bit stays."""
     gradient = gradient.to(wide_dtype(working.dtype)) * factor
     if clip_value is not None:
         gradient = torch.minimum(torch.maximum(gradient, -clip_value), clip_value)
@@ -95,9 +99,10 @@ def _store(kind: str, exact: Tensor, working: Tensor, kept: Tensor | None) -> No
 
 @functools.cache
 def compiled_update(*variant: object) -> Callable[..., None]:
-    """`update_flat`, compiled for sizes not known in advance; one for each `variant` (rule, kind, dtypes, what is None).
+    """`update_flat`, compiled for sizes not known in advance; one per `variant` (rule, kind, dtypes, what is None).
 
-    torch.compile counts recompilations by code object and stops at a limit; a code object for each variant starts afresh.
+    torch.compile counts recompilations by code object and stops at a limit; a code object for each variant starts
+    afresh.
     """
     code = update_flat.__code__.replace()
     function = types.FunctionType(code, update_flat.__globals__, update_flat.__name__)
@@ -148,7 +153,7 @@ def _run_together(items: Sequence[Item], settings: Settings, compiled: bool) -> 
     _run_flat(together, settings, compiled)
     sizes = [item.working.numel() for item in items]
     for whole, column in zip(flat, zip(*columns, strict=True), strict=True):
-        parts = [part.view(tensor.shape) for part, tensor in zip(whole.split(sizes), column, strict=True)]
+        parts = [part.view(tensor.shape) for part, tensor in zip(torch.split(whole, sizes), column, strict=True)]
         torch._foreach_copy_(list(column), parts)
 
 

@@ -1,7 +1,7 @@
 """Loss scales: none, static, dynamic. One interface, so that a step reads the same with and without one.
 
-The scale and its counters are 0-d tensors that live on the device at fixed addresses; `update_` never waits for the device.
-Scales are powers of two: multiplying and dividing by them is exact within a format's normal range.
+The scale and its counters are 0-d tensors that live on the device at fixed addresses; `update_` never waits for the
+device. Scales are powers of two: multiplying and dividing by them is exact within a format's normal range.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ def _power_of_two(name: str, value: float) -> float:
     value = float(value)
     if not (math.isfinite(value) and value > 0 and math.frexp(value)[0] == 0.5 and -126 <= math.log2(value) <= 127):
         raise FewbitsError(
-            f"{name}={value:g} is not a power of two from 2^-126 to 2^127; use one such as 1024 or 65536 (unscaling is then exact)."
+            f"{name}={value:g} is not a power of two from 2^-126 to 2^127, so unscaling would not be exact; "
+            "use one such as 1024 or 65536."
         )
     return value
 
@@ -37,7 +38,7 @@ class LossScale:
             setattr(self, name, buffer.to(device))
 
     def update_(self, finite: Tensor) -> None:
-        """After a step: `finite` is a 0-d bool, whether all its gradients were finite. Call it once the gradients are unscaled."""
+        """After a step, its gradients unscaled: `finite` is a 0-d bool, whether all of them were finite."""
 
     def can_cure(self) -> Tensor:
         """0-d bool: could a later, lower scale still make an overflowing gradient finite?"""
@@ -52,11 +53,13 @@ class LossScale:
         buffers = self._buffers()
         if state.get("kind") != self.kind:
             raise FewbitsError(
-                f"the saved loss scale is {state.get('kind')!r} and this one is {self.kind!r}; resume with the loss scale of the run."
+                f"the saved loss scale is {state.get('kind')!r} and this one is {self.kind!r}; "
+                "resume with the loss scale of the run."
             )
         if set(state) != {"kind", *buffers}:
             raise FewbitsError(
-                f"the saved state of the {self.kind} loss scale has {sorted(state)}; expected {sorted(['kind', *buffers])}."
+                f"the saved {self.kind} loss scale has {', '.join(sorted(state))}; "
+                f"expected {', '.join(sorted(['kind', *buffers]))}."
             )
         _power_of_two("the saved loss scale", state["value"])
         for name, buffer in buffers.items():
@@ -96,9 +99,10 @@ class StaticScale(LossScale):
 class DynamicScale(LossScale):
     """Backs off when a gradient overflows, grows after `interval` finite steps in a row, between `floor` and `ceiling`.
 
-    `hysteresis` h: the first h - 1 overflows since the last growth only restart the count of finite steps; from the h-th on
-    each one backs off (as Megatron-LM and Apex do; 1 backs off at once, as torch.amp.GradScaler does).
-    Defaults: Micikevicius et al. 2018 and torch.amp, plus a floor (a scale that sinks below 1 cures nothing) and a ceiling.
+    `hysteresis` h: the first h - 1 overflows since the last growth only restart the count of finite steps; from the
+    h-th on each one backs off (as Megatron-LM and Apex do; 1 backs off at once, as torch.amp.GradScaler does).
+    Defaults: Micikevicius et al. 2018 and torch.amp, plus a floor (a scale that sinks below 1 cures nothing) and a
+    ceiling.
     """
 
     kind = "dynamic"
@@ -121,7 +125,8 @@ class DynamicScale(LossScale):
         self.interval, self.hysteresis = _count("interval", interval), _count("hysteresis", hysteresis)
         if not (self.growth >= 1 and self.backoff < 1):
             raise FewbitsError(
-                f"growth={growth:g} and backoff={backoff:g} do not fit; use growth of at least 1 (2 is usual) and backoff below 1 (0.5)."
+                f"growth={growth:g} and backoff={backoff:g} do not fit; use growth of at least 1 (2 is usual) and a "
+                "backoff below 1 (0.5)."
             )
         if not self.floor <= self.initial <= self.ceiling:
             raise FewbitsError(
@@ -176,7 +181,9 @@ def _count(name: str, value: int) -> int:
 
 
 def parse(text: str) -> LossScale:
-    """A loss scale from its text: "none", "static:1024", "dynamic", "dynamic:initial=65536,interval=2000". str() gives it back.
+    """A loss scale from its text: "none", "static:1024", "dynamic", "dynamic:initial=65536,interval=2000".
+
+    str() of the loss scale gives the text back.
 
     >>> parse("dynamic:initial=1024, interval=100")
     DynamicScale(dynamic:initial=1024,interval=100)
@@ -197,7 +204,8 @@ def parse(text: str) -> LossScale:
         if not equals or name not in _DYNAMIC_DEFAULTS:
             hint = nearest(name, _DYNAMIC_DEFAULTS)
             raise FewbitsError(
-                f"loss scale {text!r}: {item!r} is no option of dynamic; use {', '.join(_DYNAMIC_DEFAULTS)} as name=value.{hint}"
+                f"loss scale {text!r}: {item!r} is no option of dynamic; use {', '.join(_DYNAMIC_DEFAULTS)} "
+                f"as name=value.{hint}"
             )
         options[name] = _number(name, value)
     return DynamicScale(**options)

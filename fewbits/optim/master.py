@@ -6,8 +6,9 @@
 | split | bf16           | `master`: int16 remainder            | working bits and remainder |
 | none  | any            | nothing                              | the working weight         |
 
-The working weight is always the exact one rounded to nearest, ties away from zero; with "none" this rounding is where a 16-bit
-weight loses small updates. fp32 and fp64 weights are exact already and keep nothing, whatever kind is asked for.
+The working weight is always the exact one rounded to nearest, ties away from zero; with "none" this rounding is where
+a 16-bit weight loses small updates. fp32 and fp64 weights are exact already and keep nothing, whatever kind is asked
+for.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def kind_for(kind: str, dtype: torch.dtype) -> str:
         )
     if kind == "split" and dtype == torch.float16:
         raise FewbitsError(
-            "master='split' is for bf16 weights and a parameter is fp16 (5 exponent bits cannot carry an fp32 master); use master='fp32' or 'auto'."
+            "master='split' is for bf16 weights and a parameter is fp16, whose 5 exponent bits cannot carry an fp32 "
+            "master; use master='fp32' or 'auto'."
         )
     if dtype not in _AUTO:
         return "none"
@@ -76,7 +78,7 @@ def kind_for(kind: str, dtype: torch.dtype) -> str:
 
 
 def read(kind: str, working: Tensor, master: Tensor | None) -> Tensor:
-    """The exact weight, fp32 or fp64. It may be `master` or `working` itself: updating it in place is then the storing."""
+    """The exact weight, fp32 or fp64. It may be `master` or `working` itself: updating it in place then stores it."""
     if master is None:
         return working.to(wide_dtype(working.dtype))
     return master if kind == "fp32" else join_master(working, master)
@@ -90,7 +92,7 @@ def rounded(kind: str, exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 
 def from_remainder(kind: str, working: Tensor, remainder: Tensor) -> Tensor | None:
-    """The state to keep for a weight whose exact value is `working` plus `remainder` (int16 bits for bf16, or the exact fp32 value)."""
+    """What to keep beside `working`, given its remainder: int16 bits (for bf16), or the exact weight itself in fp32."""
     if kind == "none":
         return None
     if remainder.dtype == torch.int16:

@@ -17,9 +17,10 @@ SCHEDULE_KINDS = ("constant", "cosine", "linear", "wsd")
 class Schedule:
     """A factor in [0, 1] for the learning rate, by the number t of steps applied so far (0 before the first).
 
-    Warm-up: (t + 1) / (warmup_steps + 1), so that the first step already moves and the step after the warm-up has the full
-    rate. Then constant: 1. cosine and linear: from 1 down to `min_ratio` at t = total_steps. wsd (warmup-stable-decay): 1,
-    and a straight line down to `min_ratio` over the last `decay_steps`. Beyond `total_steps` the last value holds.
+    Warm-up: (t + 1) / (warmup_steps + 1), so that the first step already moves and the step after the warm-up has the
+    full rate. Then constant: 1. cosine and linear: from 1 down to `min_ratio` at t = total_steps. wsd
+    (warmup-stable-decay): 1, and a straight line down to `min_ratio` over the last `decay_steps`. Beyond
+    `total_steps` the last value holds.
     """
 
     kind: str = "constant"
@@ -30,9 +31,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.kind not in SCHEDULE_KINDS:
-            raise FewbitsError(
-                f"schedule {self.kind!r} is unknown; use {', '.join(SCHEDULE_KINDS)}.{nearest(self.kind, SCHEDULE_KINDS)}"
-            )
+            hint = nearest(self.kind, SCHEDULE_KINDS)
+            raise FewbitsError(f"schedule {self.kind!r} is unknown; use {', '.join(SCHEDULE_KINDS)}.{hint}")
         for name in ("warmup_steps", "total_steps", "decay_steps"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -47,7 +47,8 @@ class Schedule:
             )
         if self.kind != "constant" and self.warmup_steps + self.decay_steps > self.total_steps:
             raise FewbitsError(
-                f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps} exceed total_steps={self.total_steps}; shorten them."
+                f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps} exceed "
+                f"total_steps={self.total_steps}; shorten them."
             )
         if self.kind == "wsd" and self.decay_steps == 0:
             raise FewbitsError(
@@ -70,8 +71,10 @@ class Schedule:
         return self.min_ratio + (1 - self.min_ratio) * descent
 
     def table(self) -> Tensor:
-        """`factor(0) .. factor(last)`, fp64 [total_steps + 1] (warmup_steps + 1 for a constant without total_steps): read the
-        last entry for any later t."""
+        """`factor(0) .. factor(last)`, fp64 [total_steps + 1]; read the last entry for any later t.
+
+        A constant schedule without total_steps ends with its warm-up: [warmup_steps + 1].
+        """
         return torch.tensor(
             [self.factor(t) for t in range((self.total_steps or self.warmup_steps) + 1)], dtype=torch.float64
         )
