@@ -14,7 +14,7 @@ from fewbits.precision.precision import Precision
 from fewbits.report.compared import comparison_view, read_comparison
 from fewbits.report.record import RunRecord, read_run
 from fewbits.report.runcharts import memory_chart, run_charts
-from fewbits.report.words import count, duration, of_bytes, value_text
+from fewbits.report.words import count, duration, flat, of_bytes, value_text
 
 STATUS = {
     "finished": "The run reached its last step.",
@@ -233,21 +233,6 @@ def _event(event: dict[str, Any]) -> dict[str, str]:
     rest = {k: v for k, v in event.items() if k not in ("event", "step", "environment", "choices", "precision_table")}
     details = ", ".join(f"{k}: {value_text(v)}" for k, v in rest.items())
     return {"step": value_text(event.get("step")), "event": str(event.get("event", "")), "details": details[:400]}
-
-
-def flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """A nested dict as rows of dotted name and text; empty values are left out.
-
-    >>> flat({"torch": "2.13", "gpu": None, "versions": {"numpy": "2.4"}})
-    [('torch', '2.13'), ('versions.numpy', '2.4')]
-    """
-    rows: list[tuple[str, str]] = []
-    for key, item in value.items():
-        if isinstance(item, dict):
-            rows.extend(flat(item, f"{prefix}{key}."))
-        elif item is not None and item != "":
-            rows.append((prefix + key, str(item)))
-    return rows
 
 
 def _commands(record: RunRecord) -> list[str]:

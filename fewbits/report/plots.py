@@ -324,3 +324,43 @@ def _squares(names: Sequence[str], x: float, y: float) -> str:
         out.append(_text(x + 14, y, name, "start"))
         x += 26 + 6.4 * len(name)
     return "".join(out)
+
+
+def interval_chart(
+    title: str,
+    rows: Sequence[tuple[str, int, Sequence[float] | None, Sequence[tuple[str, float]]]],
+    margin: float,
+    width: int = 640,
+) -> str:
+    """Fractions around zero: each row (label, colour, interval or None, named dots), the margin as a grey band.
+
+    The axis reaches to the largest value, but not beyond 60 margins: what lies further out stands at the edge.
+    """
+    sizes = [abs(v) for _, _, interval, dots in rows for v in [*(interval or ()), *(d for _, d in dots)]]
+    full = min(1.15 * max([2.0 * margin, *(v for v in sizes if math.isfinite(v))]), 60.0 * margin)
+    top, step, left, right = 30.0, 34.0, 150.0, width - 24.0
+    foot = top + step * len(rows) + 8
+    out = _open(title, width, int(foot + 26))
+
+    def px(value: float) -> float:
+        return left + (right - left) * (0.5 + 0.5 * max(-1.0, min(1.0, value / full)))
+
+    band = px(margin) - px(-margin)
+    out.append(
+        f'<rect x="{px(-margin):.1f}" y="{top:.1f}" width="{band:.1f}" height="{foot - top:.1f}" fill="var(--grid,#ddd)"/>'
+    )
+    out.append(f'<path d="M{px(0):.1f} {top:.1f}V{foot:.1f}" stroke="var(--muted,#888)"/>')
+    for i, (label, index, interval, dots) in enumerate(rows):
+        y, colour = top + step * (i + 0.5) + 4, _colour(index)
+        out.append(_text(left - 12, y + 4, label, "end"))
+        if interval is not None:
+            low, high = px(interval[0]), px(interval[1])
+            out.append(f'<path d="M{low:.1f} {y:.1f}H{high:.1f}M{low:.1f} {y - 6:.1f}v12M{high:.1f} {y - 6:.1f}v12" ')
+            out.append(f'stroke="{colour}" stroke-width="2.5"/>')
+        for name, value in dots:
+            tip = f"<title>{escape(name)}: {100 * value:+.3f} %</title>"
+            out.append(f'<circle cx="{px(value):.1f}" cy="{y:.1f}" r="4.5" fill="{colour}">{tip}</circle>')
+    for tick in (t for t in nice_ticks(-full, full, 6) if abs(t) <= full):
+        out.append(f'<path d="M{px(tick):.1f} {foot:.1f}v4" stroke="var(--muted,#888)"/>')
+        out.append(_text(px(tick), foot + 16, f"{100 * tick:+.3g} %" if tick else "0"))
+    return "".join([*out, "</svg>"])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from fewbits.report.plots import number
 
-__all__ = ["count", "duration", "number", "of_bytes", "percent", "ratio", "value_text"]
+__all__ = ["count", "duration", "flat", "number", "of_bytes", "percent", "ratio", "value_text"]
 
 
 def of_bytes(size: float | None) -> str:
@@ -78,3 +79,18 @@ def value_text(value: object, digits: int = 4) -> str:
     if isinstance(value, float):
         return f"{value:.{digits}f}" if 1e-3 <= abs(value) < 1e4 else f"{value:.{digits}g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """A nested dict as rows of dotted name and text; empty values are left out.
+
+    >>> flat({"torch": "2.13", "gpu": None, "versions": {"numpy": "2.4"}})
+    [('torch', '2.13'), ('versions.numpy', '2.4')]
+    """
+    rows: list[tuple[str, str]] = []
+    for key, item in value.items():
+        if isinstance(item, dict):
+            rows.extend(flat(item, f"{prefix}{key}."))
+        elif item is not None and item != "":
+            rows.append((prefix + key, str(item)))
+    return rows

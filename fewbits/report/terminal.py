@@ -1,0 +1,104 @@
+"""Tables for the terminal: a comparison, an evaluation, the summary of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from fewbits.report.compared import LEGEND, table_row
+from fewbits.report.words import count, duration, of_bytes, percent, value_text
+
+STYLE = {"good": "green", "bad": "red", "plain": ""}
+
+
+def comparison_table(document: Mapping[str, Any]) -> Table:
+    """The rows of a comparison: verdict, loss, speed and memory, each as a ratio to the first row."""
+    table = Table(box=box.ASCII2, title=None, caption=caption(document), caption_justify="left", show_edge=False)
+    table.add_column(str(document["key"]), style="bold", overflow="fold")
+    table.add_column("verdict", overflow="fold")
+    for heading in ("loss", "difference", "95 % interval", "speed", "ms/step", "memory", "peak", "skipped"):
+        table.add_column(heading, justify="right", no_wrap=heading != "95 % interval")
+    for row in document["rows"]:
+        cells = table_row(row)
+        verdict = Text(cells["verdict"], style=STYLE[cells["colour"]])
+        if cells["reason"]:
+            verdict.append(f" ({cells['reason']})", style="dim")
+        names = ("loss", "difference", "interval", "speed", "ms", "memory", "peak", "skipped")
+        table.add_row(Text(cells["label"]), verdict, *(Text(cells[name]) for name in names))
+    return table
+
+
+def caption(document: Mapping[str, Any]) -> str:
+    """What the columns of a comparison mean."""
+    seeds = len(document["seeds"])
+    return f"{seeds} seed{'' if seeds == 1 else 's'}, margin {percent(document['margin'])}. {LEGEND}"
+
+
+def comparison_lines(document: Mapping[str, Any]) -> list[str]:
+    """The comparison in sentences, one a row, for logs and narrow consoles.
+
+    >>> row = {"variant": "fp32", "reference": True, "losses": [2.0], "skipped_steps": [0], "steps": [9]}
+    >>> comparison_lines({"rows": [row]})
+    ['fp32: reference, loss 2.0000']
+    """
+    lines = []
+    for row in document["rows"]:
+        cells = table_row(row)
+        parts = [f"{cells['label']}: {cells['verdict']}", f"loss {cells['loss']}"]
+        if cells["difference"] != "-":
+            parts.append(f"difference {cells['difference']} ({cells['interval']})")
+        if cells["speed"] != "-":
+            parts.append(f"speed {cells['speed']}, memory {cells['memory']}")
+        if cells["reason"]:
+            parts.append(cells["reason"])
+        lines.append(", ".join(parts))
+    return lines
+
+
+def evaluation_table(results: Mapping[str, Mapping[str, Any]], compression: Mapping[str, Any] | None = None) -> Table:
+    """Held-out results, one row a text: {name: {"loss", "perplexity", "bits_per_byte", "tokens"}}."""
+    table = Table(box=box.ASCII2, show_edge=False)
+    table.add_column("text", style="bold", overflow="fold")
+    for heading in ("loss", "perplexity", "bits per byte", "tokens"):
+        table.add_column(heading, justify="right")
+    for name, result in results.items():
+        table.add_row(
+            Text(name),
+            value_text(result.get("loss")),
+            value_text(result.get("perplexity"), 2),
+            value_text(result.get("bits_per_byte")),
+            count(result.get("tokens")),
+        )
+    for name, bits in (compression or {}).items():
+        if isinstance(bits, int | float):
+            table.add_row(Text(name, style="dim"), "-", "-", value_text(float(bits)), "-")
+    return table
+
+
+def summary_table(summary: Mapping[str, Any]) -> Table:
+    """The end of a run in two columns."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    speed = f"{count(summary.get('tok_per_s'))} tokens/s, {value_text(summary.get('ms_per_step'), 1)} ms a step"
+    rows = (
+        (
+            "status",
+            f"{summary.get('status')} after {count(summary.get('steps'))} steps, {duration(summary.get('wall_s'))}",
+        ),
+        ("precision", value_text(summary.get("precision"))),
+        (
+            "held out",
+            f"loss {value_text(summary.get('val_loss'))}, bits per byte {value_text(summary.get('bits_per_byte'))}",
+        ),
+        ("speed", speed),
+        ("memory", of_bytes(summary.get("peak_memory_bytes"))),
+        ("skipped", f"{count(summary.get('skipped_steps'))} steps"),
+    )
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    return table
