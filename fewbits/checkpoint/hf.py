@@ -50,7 +50,7 @@ def to_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[str,
             tensor = torch.zeros(weight.shape[0], dtype=weight.dtype)
         if tensor is None:
             raise FewbitsError(f"The model has no tensor '{rule.ours}', which its configuration asks for.")
-        parts = torch.split(tensor, rule.rows) if rule.rows else (tensor,)
+        parts = torch.split(tensor, list(rule.rows)) if rule.rows else (tensor,)
         found.update(zip(rule.theirs, (part.t() if rule.transposed else part for part in parts), strict=True))
     return _config_json(config, kind), found
 

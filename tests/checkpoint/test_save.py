@@ -286,8 +286,9 @@ from fewbits.checkpoint.load import load_checkpoint
 folder, randomness = Path({folder!r}), random.Random(0)
 warnings.simplefilter("error")
 save(folder, 0)
-last = started = 0
-for kill in range(40):
+last = inside = kills = 0
+while kills < 40 or last < 10 or inside < 5:  # on a busy machine until enough saves went through and enough did not
+    kills += 1
     child = os.fork()
     if not child:
         for step in range(last + 1, 10**6):
@@ -295,11 +296,11 @@ for kill in range(40):
     time.sleep(randomness.uniform(0.005, 0.06))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    started += any(entry.name.startswith(".") for entry in folder.iterdir())
+    inside += any(entry.name.startswith(".") for entry in folder.iterdir())
     checkpoint = load_checkpoint(folder)
-    assert is_step(checkpoint, checkpoint.step) and checkpoint.step >= last, (kill, checkpoint.step, last)
+    assert is_step(checkpoint, checkpoint.step) and checkpoint.step >= last, (kills, checkpoint.step, last)
     last = checkpoint.step
-print(last, started)
+print(kills)
 """
 
 
@@ -308,8 +309,7 @@ def test_forty_kills_of_a_process_that_saves_all_the_time_lose_nothing(tmp_path:
     script = KILLED.format(here=str(Path(__file__).parent), folder=str(tmp_path / "checkpoints"))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    last, inside = map(int, done.stdout.split())
-    assert last > 10 and inside > 5  # it did save, and some kills fell inside a save
+    assert int(done.stdout) >= 40
 
 
 def test_nothing_on_the_path_imports_pickle() -> None:
