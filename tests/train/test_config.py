@@ -152,7 +152,7 @@ def test_a_value_that_does_not_fit_is_refused_with_what_would(name, text, says):
     ],
 )
 def test_a_toml_file_is_read_strictly_and_named_in_the_error(text, says):
-    with pytest.raises(FewbitsError, match="mine.toml") as error:
+    with pytest.raises(FewbitsError, match=r"mine\.toml") as error:
         Config.from_toml(text, source="mine.toml")
     assert says in str(error.value)
 
@@ -208,7 +208,10 @@ def test_every_alias_leads_to_an_option_and_hides_none():
         ({"gradient_accumulation_steps": "4"}, {"train.batch_size": 32, "train.micro_batches": 4}),
         ({"max_iters": "100", "lr_decay_iters": "400"}, {"train.max_steps": 400, "train.stop_at": 100}),
         ({"lr_scheduler_type": "cosine"}, {"optim.schedule": "cosine", "optim.min_lr_ratio": 0.0}),
-        ({"lr_scheduler_type": "linear", "min_lr_ratio": "0.5"}, {"optim.schedule": "linear", "optim.min_lr_ratio": 0.5}),
+        (
+            {"lr_scheduler_type": "linear", "min_lr_ratio": "0.5"},
+            {"optim.schedule": "linear", "optim.min_lr_ratio": 0.5},
+        ),
         ({"warmup_ratio": "0.1", "max_steps": "200"}, {"optim.warmup_steps": 20}),
         ({"dtype": "bfloat16"}, {"precision": "bf16-mixed"}),
         ({"dtype": "float16"}, {"precision": "fp16-mixed"}),
@@ -255,5 +258,5 @@ def test_a_training_larger_than_the_machine_is_refused_before_it_starts():
     assert least_bytes(config) > 12 * 1.1e9
     refuse_oversize(config, None)
     refuse_oversize(config, 10**12)
-    with pytest.raises(FewbitsError, match="8.0 GiB"):
+    with pytest.raises(FewbitsError, match=r"8\.0 GiB"):
         refuse_oversize(config, 8 * 2**30)
