@@ -56,7 +56,7 @@ def logits(model: torch.nn.Module) -> Tensor:
     return out if isinstance(out, Tensor) else out.logits
 
 
-# Logits reach 5 here; sums of 32 to 64 fp32 terms in another order differ by at most 5 * 64 * 2^-24 = 2e-5, typically by
+# Logits reach 5; sums of 32 to 64 fp32 terms in another order differ by at most 5 * 64 * 2^-24 = 2e-5, typically by
 # the root of the count, 5 * 8 * 2^-24 = 2.4e-6. The promise is 1e-5.
 CLOSE = {"atol": 1e-5, "rtol": 0.0}
 
