@@ -184,10 +184,10 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, compile: bool) -> Opti
 
 
 def schedule_of(config: Config) -> Schedule:
-    """The learning-rate schedule; its horizon is max_steps, wherever the run stops. A warm-up longer than that is cut."""
+    """The learning-rate schedule; its horizon is max_steps, wherever the run stops. A longer warm-up is cut."""
     optim, total = config.optim, config.train.max_steps
-    warmup = min(optim.warmup_steps, total - (optim.decay_steps if optim.schedule == "wsd" else 0))
-    return Schedule(optim.schedule, warmup, total, optim.decay_steps if optim.schedule == "wsd" else 0, optim.min_lr_ratio)
+    decay = optim.decay_steps if optim.schedule == "wsd" else 0
+    return Schedule(optim.schedule, min(optim.warmup_steps, total - decay), total, decay, optim.min_lr_ratio)
 
 
 def with_vocabulary(config: Config, size: int) -> Config:

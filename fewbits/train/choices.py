@@ -1,4 +1,4 @@
-"""What was decided for a run where the user left it open, each with its reason: recorded, shown, and reused on resume."""
+"""What was decided for a run where the user left it open, with reasons: recorded, shown, reused on resume."""
 
 from __future__ import annotations
 

@@ -8,14 +8,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from fewbits.data.batches import eval_batches
+from fewbits.data.corpus import open_corpus
+from fewbits.data.ratios import compression_baseline
+from fewbits.data.tokens import TokenStore
+from fewbits.errors import FewbitsError
 from fewbits.numerics.loss import IGNORE
+from fewbits.precision.switches import torch_switches
+from fewbits.train.config import Config, DataConfig
+from fewbits.train.opened import open_model
 
 
 @contextmanager
@@ -31,7 +40,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def evaluate(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], token_bytes: np.ndarray | Tensor | None = None
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], token_bytes: npt.NDArray[Any] | Tensor | None = None
 ) -> dict[str, Any]:
     """Mean loss over the real targets of `batches`: {"loss", "perplexity", "bits_per_byte", "tokens", "bytes"}.
 
@@ -65,3 +74,58 @@ def evaluate(
         "tokens": tokens,
         "bytes": count,
     }
+
+
+def evaluate_run(
+    run: Path | str, data: str | None = None, device: str = "auto", precision: str | None = None, batch_size: int = 8
+) -> dict[str, Any]:
+    """How good the model in `run` (a run, a checkpoint, a Hugging Face folder) is on text: as `evaluate`, and more.
+
+    data: a corpus; None takes the run's. Of the corpus it was trained on the held-out part counts, all of it; of any
+    other corpus both parts. precision: runs the model in it; None in the format that is stored.
+    Raises FewbitsError.
+    """
+    model, tokenizer, chosen, place = open_model(run, device, precision)
+    if tokenizer is None:
+        raise FewbitsError(f"{run} holds no tokenizer.json, so it cannot read text.")
+    config = run_config(Path(run))
+    own = DataConfig() if config is None else config.data
+    if data is None and config is None:
+        raise FewbitsError(f"{run} does not say what it was trained on; name the text with --data.")
+    corpus = open_corpus(own.data if data is None else data, own.encoding if data is None else None)
+    cache = own.cache
+    store = TokenStore.open_or_build(corpus, tokenizer, cache)
+    store.check_vocabulary(model.config.vocab_size)
+    held_out = config is not None and (data is None or corpus.fingerprint() == _trained_on(own))
+    parts = [(store.val, store.val_documents)]
+    if not held_out:
+        parts.append((store.train, store.train_documents))
+    batches = (
+        batch
+        for tokens, documents in parts
+        if len(tokens) > 1
+        for batch in eval_batches(tokens, documents, batch_size, model.config.context, None, own.mask_documents)
+    )
+    with torch_switches(chosen, place):
+        found = evaluate(model, batches, tokenizer.token_bytes)
+    texts: Iterable[str] = corpus.documents("val")
+    baseline = compression_baseline(texts if held_out else chain(texts, corpus.documents("train")))
+    what = {"data": corpus.name, "part": "held out" if held_out else "all"}
+    how = {"precision": str(chosen), "device": str(place)}
+    return {**found, **what, **how, "gzip": baseline["gzip"], "xz": baseline["xz"]}
+
+
+def _trained_on(data: DataConfig) -> str | None:
+    try:
+        return open_corpus(data.data, data.encoding).fingerprint()
+    except FewbitsError:  # the corpus of the run is gone: whatever is read now is another one
+        return None
+
+
+def run_config(path: Path) -> Config | None:
+    """The config of the run that `path` (a run, its checkpoints folder or a checkpoint) belongs to, or None."""
+    for folder in (path, *path.absolute().parents[:2]):
+        if (folder / "config.toml").is_file():
+            text = (folder / "config.toml").read_text(encoding="utf-8")
+            return Config.from_toml(text, source=str(folder / "config.toml"))
+    return None

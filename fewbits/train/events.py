@@ -1,7 +1,7 @@
 """What a person sees while a training runs: facts with their reasons, a line a logged step, a bar with ETA, a summary.
 
 In a terminal a progress bar stays below the lines; elsewhere (a pipe, a file) there are plain lines only, each with its
-own ETA. All text of the program is ASCII; samples lose control characters, and what the console cannot encode becomes "?".
+own ETA. All text of the program is ASCII; samples lose control characters, and what a console cannot encode is a "?".
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ def size(count: float | None) -> str:
     """A number of bytes in binary units.
 
     >>> size(1536), size(3 * 2**30), size(None)
-    ('1.5 KiB', '3.00 GiB', '-')
+    ('1.50 KiB', '3.00 GiB', '-')
     """
     if count is None:
         return "-"
     for power_of_two, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
         if count >= 2**power_of_two:
             amount = count / 2**power_of_two
-            return f"{amount:.2f} {unit}" if unit == "GiB" and amount < 100 else f"{amount:.4g} {unit}"
+            return f"{amount:.2f} {unit}" if amount < 10 else f"{amount:.{1 if amount < 100 else 0}f} {unit}"
     return f"{count:.0f} B"
 
 

@@ -54,7 +54,7 @@ _HABITS = {"cpu": _Habits(6e10, 5e9, 0.15, 25.0), "cuda": _Habits(5e13, 2e12, 0.
 
 
 def choose_execution(config: Config) -> Choices:
-    """Device, precision and compilation for `config`, each with its reason. Takes seconds, or nothing when all is given.
+    """Device, precision and compilation for `config`, each with its reason; in seconds, or at once when all is given.
 
     Raises FewbitsError for a device that is not there, and a precision or `compile` that it cannot run.
     """
@@ -161,7 +161,7 @@ class _Trials:
 
 
 def _shrink(config: Config, flops: float) -> Config:
-    """One micro-batch of `config`; with fewer layers, rows, positions (in this order) while its FLOPs exceed `flops`."""
+    """One micro-batch of `config`, with fewer layers, rows, positions (in this order) while it exceeds `flops`."""
     train = replace(config.train, batch_size=config.train.batch_size // config.train.micro_batches, micro_batches=1)
     model = config.model
 
@@ -279,13 +279,13 @@ def _choose_determinism(
     if device.type == "cpu":
         return Choice(True, "a CPU always gives the same bits for the same number of threads")
     if not config.train.deterministic:
-        return Choice(False, "--deterministic was not given; the restored state is exact, later sums may differ in order")
+        return Choice(False, "without --deterministic what is restored is exact, later sums may differ in order")
     free = trials.race([(precision, compile)])[0]
     trials.drop(precision, compile)
     with determinism(True):
         bound = trials.race([(precision, compile)])[0]
-    price = 100 * (bound / free - 1)
-    return Choice(True, f"--deterministic; its price: {price:+.0f} % ({1000 * free:.4g} to {1000 * bound:.4g} ms a step)")
+    price = f"{100 * (bound / free - 1):+.0f} % ({1000 * free:.4g} to {1000 * bound:.4g} ms a step)"
+    return Choice(True, f"--deterministic; its price: {price}")
 
 
 def prepare_determinism() -> None:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewbits.checkpoint.hf import load
 from fewbits.data.tokenizer import Tokenizer
 from fewbits.errors import FewbitsError
 from fewbits.nn.linear import linear
-from fewbits.nn.prepare import prepare
 from fewbits.nn.transformer import Transformer
-from fewbits.precision.hardware import check, describe
-from fewbits.precision.precision import Precision
 from fewbits.precision.switches import torch_switches
 from fewbits.train.evaluate import evaluating
-from fewbits.train.execution import choose_device
+from fewbits.train.opened import open_model
 
 
 def sample(
@@ -91,34 +86,12 @@ def generate(
     device: str = "auto",
     precision: str | None = None,
 ) -> str:
-    """What the model in `run` (a run, a checkpoint or a Hugging Face folder) writes after `prompt`.
+    """`prompt` and what the model in `run` (a run, a checkpoint or a Hugging Face folder) writes after it.
 
-    precision: runs the model in it; None in the format that is stored. Raises FewbitsError.
+    precision: runs the model in it; None in the format that is stored. The rest as `sample`. Raises FewbitsError.
     """
     model, tokenizer, chosen, place = open_model(run, device, precision)
     if tokenizer is None:
         raise FewbitsError(f"{run} holds no tokenizer.json, so its tokens cannot be written as text.")
     with torch_switches(chosen, place):
-        return sample(model, tokenizer, prompt, tokens, temperature, top_k, seed)
-
-
-def open_model(
-    run: Path | str, device: str, precision: str | None
-) -> tuple[Transformer, Tokenizer | None, Precision, torch.device]:
-    """Model (in evaluation mode), tokenizer, precision and device for using what was trained. Raises FewbitsError."""
-    place = torch.device(choose_device(device).value)
-    asked = None if precision in (None, "auto") else Precision.parse(str(precision))
-    if asked is not None:
-        check(asked, describe(place))
-    model, tokenizer = load(Path(run))
-    chosen = asked or stored_precision(model)
-    if asked is not None:
-        prepared: Any = prepare(model, asked)
-        model = prepared
-    return model.to(place).eval(), tokenizer, chosen, place
-
-
-def stored_precision(model: Transformer) -> Precision:
-    """The precision that computes in the dtype in which the weights are stored."""
-    names = {torch.float64: "fp64", torch.bfloat16: "bf16-true", torch.float16: "fp16-true"}
-    return Precision.parse(names.get(next(model.parameters()).dtype, "fp32"))
+        return prompt + sample(model, tokenizer, prompt, tokens, temperature, top_k, seed)

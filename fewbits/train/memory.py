@@ -45,7 +45,7 @@ def resting(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int
 
 
 def gradient_bytes(model: nn.Module, accumulated: bool) -> int:
-    """Bytes of all gradients at their fullest; with accumulation, an accumulator of at least fp32 each stands beside."""
+    """Bytes of all gradients at their fullest; with accumulation, fp32 (or wider) accumulators stand beside."""
     total = 0
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -108,7 +108,7 @@ def resident_bytes() -> int | None:
 
 
 class MemoryMeter:
-    """Peak memory of a training on one device: `measure` wraps one real step, `peak()` may be asked at any log point."""
+    """Peak memory of a training on one device: `measure` wraps one real step, `peak()` may be asked at any time."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, micro_batches: int):
         self._model, self._optimizer, self._device = model, optimizer, device

@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -136,7 +136,7 @@ class Record:
 
     def event(self, kind: str, step: int, **details: Any) -> None:
         """Something that happened: start, resume, save, skipped, sample, stop, diverged, error."""
-        when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        when = datetime.now(UTC).isoformat(timespec="seconds")
         self._write(self._events, {"event": kind, "step": step, "time": when, **details})
 
     def _write(self, file: TextIO, entry: Mapping[str, Any]) -> None:

@@ -63,7 +63,7 @@ class Lock:
         """Take the lock of `folder` (made if missing). Raises FewbitsError when another process holds it."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file: TextIO = open(folder / ".lock", "a+", encoding="utf-8")
+            self._file: TextIO = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held until release)
         except OSError as error:
             raise FewbitsError(f"Cannot write in {folder}: {error.strerror}. Choose another --out_dir.") from error
         if not self._take():

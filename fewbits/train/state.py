@@ -1,7 +1,7 @@
-"""The complete state of a training, keyed by parameter name: what a checkpoint holds, and how it comes back bit for bit.
+"""The complete state of a training, keyed by parameter name: what a checkpoint holds, and how it comes back exactly.
 
-The model part is exact (the masters in fp32; 16 bits where the precision keeps none) under the names of transformers. The
-working weights are its rounding and are not stored. Nothing hangs on the past of a random generator, so none is stored.
+The model part is exact (the masters in fp32; 16 bits where the precision keeps none) under the names of transformers.
+The working weights are its rounding and are not stored. No random generator is stored: nothing hangs on its past.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fewbits.train.record import environment
 
 
 def exact_weights(model: torch.nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Every parameter by name: its master in fp32, or itself where no master is kept (then it is exact as it stands)."""
+    """Every parameter by name: its master in fp32, or itself where none is kept (it is exact as it stands)."""
     return {
         name: parameter.detach() if optimizer.master_kind(parameter) == "none" else optimizer.exact_weight(parameter)
         for name, parameter in model.named_parameters()
@@ -90,7 +90,8 @@ def _check_same(training: Training, checkpoint: Checkpoint) -> None:
     state = checkpoint.state
     missing = {"step", "precision", "choices", "data", "config", "progress"} - set(state)
     if missing or "config.json" not in checkpoint.files:
-        raise FewbitsError(f"{checkpoint.path} lacks {sorted(missing) or 'config.json'}: it was not saved by `fewbits train`.")
+        what = ", ".join(sorted(missing)) or "config.json"
+        raise FewbitsError(f"{checkpoint.path} lacks {what}: it was not saved by `fewbits train`.")
     if state["precision"] != str(training.precision):
         raise FewbitsError(
             f"The run is in {state['precision']} and was to be resumed in {training.precision}. Leave --precision out."
