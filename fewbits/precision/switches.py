@@ -31,7 +31,7 @@ def torch_switches(precision: Precision, device: torch.device | str) -> Iterator
     tf32 = precision.operand.name == "tf32" and torch.device(device).type == "cuda"
     saved = _read()
     try:
-        _set_if_different("high" if tf32 else "highest", tf32)
+        _set("high" if tf32 else "highest", tf32)
         for name in _REDUCED:
             if getattr(torch.backends.cuda.matmul, name, False):
                 setattr(torch.backends.cuda.matmul, name, False)
@@ -67,13 +67,16 @@ def _has(name: str) -> bool:
         return False
 
 
-def _set_if_different(matmul: str, cudnn: bool) -> None:
-    if _old_style() != (matmul, cudnn) or any(value not in _AGREE[matmul] for _, value in _new_style()[:1]):
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = cudnn
-
-
-_AGREE = {"high": ("tf32",), "highest": ("none", "ieee")}
+def _set(matmul: str, cudnn: bool) -> None:
+    """The old setters first, then the strings, which would otherwise inherit from torch.backends.fp32_precision."""
+    wanted = "tf32" if cudnn else "ieee"
+    if _old_style() == (matmul, cudnn) and all(value in (wanted, "none") for _, value in _new_style()):
+        return
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = cudnn
+    for owner, value in _new_style():
+        if value != wanted:
+            owner.fp32_precision = wanted
 
 
 def _restore(saved: tuple[tuple[str, bool] | None, list[tuple[Any, str]], dict[str, Any]]) -> None:
