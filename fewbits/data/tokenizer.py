@@ -170,7 +170,7 @@ def build_tokenizer(
     if kind == "bytes" and not size:
         return Tokenizer(_byte_level({}, []))
     if kind not in ("bpe", "chars") or (kind == "chars" and size):
-        if Path(spec).expanduser().exists():
+        if spec and Path(spec).expanduser().exists():
             return Tokenizer.load(spec)
         raise FewbitsError(
             f"Unknown tokenizer {spec!r}: 'bpe:4096' (or another size), 'bytes', 'chars' or the path of a "

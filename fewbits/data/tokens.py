@@ -54,9 +54,8 @@ class TokenStore:
         report = progress or silent
         key = f"{LAYOUT} {corpus.fingerprint()} {tokenizer.fingerprint()}"
         name = f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
-        return TokenStore(
-            *entry(cache_folder(cache), name, lambda folder: _build(folder, corpus, tokenizer, report), report)
-        )
+        folder, facts = entry(cache_folder(cache), name, lambda place: _build(place, corpus, tokenizer, report), report)
+        return TokenStore(folder, {"corpus": corpus.name, "notes": list(corpus.notes), **facts})
 
     def describe(self) -> dict[str, Any]:
         """JSON facts: corpus, notes, dtype, vocab_size, seconds (to build), and for each split its tokens, documents,

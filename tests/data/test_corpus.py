@@ -23,7 +23,9 @@ def test_python_is_the_standard_library_without_its_tests() -> None:
     corpus = open_corpus("python")
     names = [file.name for file in corpus.files]
     assert names == sorted(names) and "ast.py" in names and "json/decoder.py" in names
-    assert not any({"test", "tests", "idle_test", "site-packages", "__pycache__"} & set(name.split("/")) for name in names)
+    assert not any(
+        {"test", "tests", "idle_test", "site-packages", "__pycache__"} & set(name.split("/")) for name in names
+    )
     facts = corpus.describe()
     assert facts["train"]["bytes"] > 5_000_000
     # By file about 5 %: 734 files of very different sizes, so between 2 and 9 % of the bytes on any version of Python.
@@ -44,22 +46,21 @@ def test_python_is_the_same_in_another_process() -> None:
     assert other.stdout.strip() == open_corpus("python").fingerprint()
 
 
-def test_python_all_holds_the_installed_packages_each_content_once() -> None:
+def test_python_all_holds_the_installed_packages_each_content_once_and_holds_out_what_python_does() -> None:
     corpus = open_corpus("python-all")
     digests = [file.digest for file in corpus.files]
     names = {file.name for file in corpus.files}
     assert len(set(digests)) == len(digests)
     assert "ast.py" in names and any(name.startswith("site-packages/numpy/") for name in names)
-
-
-def test_what_python_holds_out_python_all_holds_out_too() -> None:
-    parts = {file.name: file.part for file in open_corpus("python-all").files}
+    parts = {file.name: file.part for file in corpus.files}
     held_out = {file.name for file in open_corpus("python").files if file.part == "val"}
     assert all(parts[name] == "val" for name in held_out if name in parts)
 
 
 def test_data_is_read_and_tokenized_without_importing_torch() -> None:
-    program = "import sys, fewbits.data.corpus, fewbits.data.tokenizer, fewbits.data.tokens; print('torch' in sys.modules)"
+    program = (
+        "import sys, fewbits.data.corpus, fewbits.data.tokenizer, fewbits.data.tokens; print('torch' in sys.modules)"
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     other = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert other.stdout.strip() == "False"

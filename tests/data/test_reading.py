@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,12 @@ def test_a_bad_line_of_jsonl_is_named_with_file_and_number(tmp_path: Path, line:
 
 def test_jsonl_keeps_line_breaks_inside_texts_and_half_characters_become_whole(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
-    lines = ['{"text": "a\\nb\u2028c"}', '{"text": "half \\ud800 pair \\ud83d\\ude00"}', '{"text": ""}', '{"text": "end"}']
+    lines = [
+        '{"text": "a\\nb\u2028c"}',
+        '{"text": "half \\ud800 pair \\ud83d\\ude00"}',
+        '{"text": ""}',
+        '{"text": "end"}',
+    ]
     path.write_text("\n".join(lines), encoding="utf-8")
     corpus = open_corpus(path)
     assert list(corpus.documents("train")) == ["a\nb\u2028c", "half \ufffd pair \U0001f600"]
@@ -123,7 +129,7 @@ def test_pieces_join_to_the_text_and_cut_only_where_words_end(text: str) -> None
     finally:
         reading.PIECE = old
     assert "".join(found) == text and all(found)
-    for before, after in zip(found, found[1:], strict=False):
+    for before, after in pairwise(found):
         assert before[-1] == "\n" and not before[-2].isspace() and not after[0].isspace()
 
 
