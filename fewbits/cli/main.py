@@ -96,7 +96,7 @@ def main() -> NoReturn:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs one command line; its exit code: 0 done, 1 diverged or out of memory, 2 misuse, 130 interrupted."""
+    """Runs one command line; its exit code: 0 done, 1 crashed, 2 misuse, 3 diverged, 130 interrupted."""
     with _forgiving(sys.stdout), _forgiving(sys.stderr), _short_warnings():
         try:
             _refuse_ranks(arguments)

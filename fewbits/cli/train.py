@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -11,12 +10,8 @@ from fewbits.cli.console import find_run, make_console
 from fewbits.cli.options import ConfigCommand
 from fewbits.errors import FewbitsError
 from fewbits.train.aliases import apply_options
-from fewbits.train.config import Config, load_recipe, options
+from fewbits.train.config import Config, load_recipe, recipes
 from fewbits.train.room import host_bytes, refuse_oversize
-
-# What may change when a run goes on: where it stops and what it writes down, nothing that moves a weight.
-FREE = {"train.stop_at", "train.log_every", "train.eval_every", "train.eval_batches", "train.sample_every"}
-FREE |= {"train.sample_tokens", "train.prompt", "train.save_every", "train.keep", "data.cache"}
 
 
 @click.command(cls=ConfigCommand, name="train")
@@ -35,7 +30,7 @@ def train(recipe: str | None, file: str | None, run: str | None, given: dict[str
     fewbits train
     fewbits train --data my_texts/ --max_steps 2000
     fewbits train gpt2-124m --data corpus.jsonl --precision bf16-mixed
-    fewbits train --resume runs/nano
+    fewbits train --resume runs/nano-1
     """
     if run is not None:
         return _resume(run, recipe or file, given)
@@ -48,39 +43,31 @@ def train(recipe: str | None, file: str | None, run: str | None, given: dict[str
 def _base(recipe: str | None, file: str | None) -> Config:
     if recipe is not None and file is not None:
         raise FewbitsError(f"RECIPE {recipe!r} and --config {file!r} were both given. Keep one.")
-    if recipe is not None and (Path(recipe).suffix in (".txt", ".jsonl") or Path(recipe).is_dir()):
+    looks_like_text = recipe is not None and (Path(recipe).suffix in (".txt", ".jsonl") or Path(recipe).is_dir())
+    if looks_like_text and recipe not in recipes():
         raise FewbitsError(f"{recipe!r} is text, not a recipe. To learn it: fewbits train --data {recipe}")
     return load_recipe(recipe or file or "nano")
 
 
 def _resume(text: str, base: str | None, given: dict[str, str]) -> int:
-    """Goes on with a run under its own config; only what moves no weight may be given anew."""
+    """Goes on with a run under its own config; the trainer knows which options may be given anew."""
     if base is not None:
         raise FewbitsError(f"--resume takes everything from the run itself; leave out {base!r}.")
     run = find_run(text)
-    stored = Config.from_toml((run / "config.toml").read_text(encoding="utf-8"), source=str(run / "config.toml"))
-    stored = replace(stored, train=replace(stored.train, stop_at=0, out_dir=str(run)))
+    file = run / "config.toml"
+    stored = Config.from_toml(file.read_text(encoding="utf-8"), source=str(file))
     config, notes = apply_options(stored, given)
-    for name in options():
-        old, new = (_value(each, name) for each in (stored, config))
-        if name == "train.out_dir" and Path(str(new)).absolute() == run.absolute():
-            continue
-        if old != new and name not in FREE:
-            raise FewbitsError(
-                f"{name} is {old!r} in {run} and {new!r} was asked for; a resumed run keeps it. Leave it out, or start "
-                f"a new run: fewbits train --config {run / 'config.toml'} --out_dir NEW --{name} {new}"
-            )
-    return _train(replace(config, train=replace(config.train, out_dir=str(run))).check(), run, notes)
+    return _train(config.check(), Path(text) if Path(text).exists() else run, notes)
 
 
 def _train(config: Config, resume: Path | None, notes: list[str]) -> int:
+    from fewbits.train.trainer import exit_code
     from fewbits.train.trainer import train as run_training
 
     console = make_console()
     for note in notes:
         console.print(note)
-    summary = run_training(config, resume=resume, console=console)
-    return 1 if summary["status"] == "diverged" else 0
+    return exit_code(run_training(config, resume=resume, console=console))
 
 
 def _available(device: str) -> int | None:
@@ -92,10 +79,3 @@ def _available(device: str) -> int | None:
         known = index < torch.cuda.device_count()
         return torch.cuda.get_device_properties(index).total_memory if known else None
     return host_bytes()
-
-
-def _value(config: Config, name: str) -> object:
-    value: object = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value

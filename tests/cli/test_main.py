@@ -148,14 +148,16 @@ def test_several_ranks_are_told_that_this_version_has_one(capsys, monkeypatch):
     assert "2 ranks" in refused(capsys, "train")
 
 
-def test_a_resumed_run_keeps_its_config_and_takes_only_what_moves_no_weight(trained, tmp_path, capsys):
-    text = load_recipe("nano").to_toml().replace("stop_at = 0", "stop_at = 5")
+def test_resume_takes_the_config_of_the_run_and_the_options_given_beside_it(trained, tmp_path, capsys):
+    text = load_recipe("nano").to_toml().replace("seed = 0", "seed = 9")
     (tmp_path / "config.toml").write_text(text, encoding="utf-8")
-    assert run(["train", "--resume", str(tmp_path), "--keep", "7", "--seed", "0"]) == 0
-    ((config, resume),) = trained
-    assert (resume, config.train.out_dir) == (tmp_path, str(tmp_path))
-    assert (config.train.keep, config.train.stop_at) == (7, 0)  # where it stopped last time is not where it stops now
-    assert "keeps it" in refused(capsys, "train", "--resume", str(tmp_path), "--lr", "1")
+    checkpoint = tmp_path / "checkpoints" / "step-00000100"
+    checkpoint.mkdir(parents=True)
+    assert run(["train", "--resume", str(tmp_path), "--keep", "7"]) == 0
+    assert run(["train", "--resume", str(checkpoint)]) == 0
+    (config, resume), (_, exact) = trained
+    assert (config.train.seed, config.train.keep) == (9, 7)
+    assert (resume, exact) == (tmp_path, checkpoint)
     assert "leave out 'nano'" in refused(capsys, "train", "nano", "--resume", str(tmp_path))
 
 
@@ -192,11 +194,11 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch):
         run(["train"])
 
 
-def test_a_diverged_run_exits_with_1(monkeypatch):
+def test_a_diverged_run_exits_with_3(monkeypatch):
     import fewbits.train.trainer
 
     monkeypatch.setattr(fewbits.train.trainer, "train", lambda *a, **k: {"status": "diverged"})
-    assert run(["train"]) == 1
+    assert run(["train"]) == 3
 
 
 def test_a_console_that_cannot_show_a_character_gets_a_plain_one():
