@@ -384,7 +384,7 @@ class Optimizer(torch.optim.Optimizer):
     def load_named_state(self, named_parameters: Iterable[tuple[str, Tensor]], tensors: Mapping[str, Tensor]) -> None:
         """Restores what `named_state` gave, exactly.
 
-        Without masters among `tensors` the exact weights stay what they are: give them to `load_exact`, before or after.
+        Without masters among `tensors` the exact weights stay what they are: give them to `load_exact`.
         """
         groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
         named = [(name, parameter) for name, parameter in named_parameters if parameter in groups]

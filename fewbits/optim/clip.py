@@ -1,4 +1,4 @@
-"""Clipping: one read measures the gradients, one factor inside the update rescales them; they are never written back."""
+"""Clipping: one read measures the gradients, one factor inside the update rescales them; nothing is written back."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ PIECE = 65536  # elements; five fp32 pieces of this size and their temporaries s
 class Item:
     """One parameter's local tensors, all of one shape.
 
-    working: bf16, fp16, fp32 or fp64; gradient: any float; master: fp32, int16 or None; moments: fp32, or fp64 with fp64.
+    working: bf16, fp16, fp32 or fp64; gradient: any float; master: fp32, int16 or None; moments: fp32 (fp64 with fp64).
     """
 
     working: Tensor
