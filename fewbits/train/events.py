@@ -12,8 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
+from rich.progress import Progress as Bar
 from rich.text import Text
+
+from fewbits.data.cache import Progress
 
 # name, heading, width, format of a present value
 _COLUMNS: tuple[tuple[str, str, int, Callable[[Any], str]], ...] = (
@@ -108,7 +111,7 @@ class Display:
     def __init__(self, console: Console | None = None, quiet: bool = False):
         self.console = Console(quiet=True) if quiet else console or Console()
         self._encoding = getattr(self.console.file, "encoding", None) or "utf-8"
-        self._bar: Progress | None = None
+        self._bar: Bar | None = None
         self._task: Any = None
         self._lines = 0
         self._began = time.monotonic()
@@ -134,13 +137,13 @@ class Display:
         self.line(text, "yellow")
 
     @contextmanager
-    def progress(self) -> Iterator[Callable[[int, int, str], None]]:
+    def progress(self) -> Iterator[Progress]:
         """Within: a callable (done, total, what) that shows how far long work is; in a pipe, a line when it begins."""
         if not self.console.is_terminal:
             yield self._announce()
             return
         columns = (TextColumn("{task.description}"), BarColumn(30), _Eta())
-        with Progress(*columns, console=self.console, transient=True, refresh_per_second=4) as bar:
+        with Bar(*columns, console=self.console, transient=True, refresh_per_second=4) as bar:
             tasks: dict[str, Any] = {}
             began: dict[str, float] = {}
 
@@ -152,7 +155,7 @@ class Display:
 
             yield update
 
-    def _announce(self) -> Callable[[int, int, str], None]:
+    def _announce(self) -> Progress:
         seen: set[str] = set()
 
         def update(done: int, total: int, what: str) -> None:
@@ -166,7 +169,7 @@ class Display:
         """Steps `done` + 1 to `total` are about to run."""
         self._began, self._first, self._done, self._total = time.monotonic(), done, done, total
         if self.console.is_terminal and not self.console.quiet:
-            self._bar = Progress(
+            self._bar = Bar(
                 TextColumn("train"),
                 BarColumn(None),
                 TextColumn("{task.completed}/{task.total}"),

@@ -14,9 +14,9 @@ from fewbits.train.config import Config, options
 from fewbits.train.execution import choose_device, prepare_determinism
 
 # What moves no weight, or only says how far to go. Everything else stays what it was when the run began.
-_FREE = ("out_dir", "max_steps", "stop_at", "log_every", "eval_every", "eval_batches", "sample_every", "sample_tokens")
-_FREE += ("prompt", "save_every", "keep", "save_dtype", "device", "compile", "deterministic")
-FREE = frozenset(f"train.{name}" for name in _FREE) | {"name", "data.cache", "precision"}
+FREE = {"out_dir", "max_steps", "stop_at", "log_every", "eval_every", "eval_batches", "sample_every", "sample_tokens"}
+FREE |= {"prompt", "save_every", "keep", "save_dtype", "device", "compile", "deterministic"}
+FREE = {f"train.{name}" for name in FREE} | {"name", "data.cache", "precision"}
 
 
 def run_folder(path: Path) -> Path:

@@ -34,8 +34,8 @@ def introduce(
     )
     display.fact(
         "model",
-        f"{model.parameter_count():,} parameters: {model.n_layer} layer{"s" * (model.n_layer > 1)}, {model.n_embd} wide, {model.n_head} heads, "
-        f"context {model.context}",
+        f"{model.parameter_count():,} parameters: n_layer {model.n_layer}, n_head {model.n_head}, "
+        f"n_embd {model.n_embd}, context {model.context}",
     )
     batch = f"{training.tokens_per_step:,} tokens a step, {config.train.max_steps:,} steps"
     parts = f" in {config.train.micro_batches} micro-batches" if config.train.micro_batches > 1 else ""
