@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -47,24 +47,21 @@ def _new_style() -> list[tuple[Any, str]]:
     return [(owner, owner.fp32_precision) for owner in owners if hasattr(owner, "fp32_precision")]
 
 
-def _old_style() -> tuple[str, bool] | None:
-    """(float32 matmul precision, TF32 in cuDNN), or None where the newer interface has made them unreadable."""
-    try:
-        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    except RuntimeError:
-        return None
+def _old_style() -> tuple[str | None, bool | None]:
+    """(float32 matmul precision, TF32 in cuDNN), each None where the newer interface has made it unreadable."""
+
+    def read(get: Callable[[], Any]) -> Any:
+        try:
+            return get()
+        except RuntimeError:
+            return None
+
+    return read(torch.get_float32_matmul_precision), read(lambda: torch.backends.cudnn.allow_tf32)
 
 
-def _read() -> tuple[tuple[str, bool] | None, list[tuple[Any, str]], dict[str, Any]]:
-    reduced = {name: getattr(torch.backends.cuda.matmul, name) for name in _REDUCED if _has(name)}
-    return _old_style(), _new_style(), reduced
-
-
-def _has(name: str) -> bool:
-    try:
-        return hasattr(torch.backends.cuda.matmul, name)
-    except (AssertionError, RuntimeError):
-        return False
+def _read() -> tuple[tuple[str | None, bool | None], list[tuple[Any, str]], dict[str, Any]]:
+    matmul = torch.backends.cuda.matmul
+    return _old_style(), _new_style(), {name: getattr(matmul, name) for name in _REDUCED if hasattr(matmul, name)}
 
 
 def _set(matmul: str, cudnn: bool) -> None:
@@ -79,11 +76,11 @@ def _set(matmul: str, cudnn: bool) -> None:
             owner.fp32_precision = wanted
 
 
-def _restore(saved: tuple[tuple[str, bool] | None, list[tuple[Any, str]], dict[str, Any]]) -> None:
-    old, new, reduced = saved
-    if _old_style() != old:
-        torch.set_float32_matmul_precision(old[0] if old else "highest")
-        torch.backends.cudnn.allow_tf32 = old[1] if old else True
+def _restore(saved: tuple[tuple[str | None, bool | None], list[tuple[Any, str]], dict[str, Any]]) -> None:
+    (matmul, cudnn), new, reduced = saved
+    if _old_style() != (matmul, cudnn):
+        torch.set_float32_matmul_precision(matmul or "highest")  # torch's defaults where it was unreadable
+        torch.backends.cudnn.allow_tf32 = True if cudnn is None else cudnn
     for owner, value in new:
         if owner.fp32_precision != value:
             owner.fp32_precision = value

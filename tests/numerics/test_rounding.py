@@ -131,7 +131,7 @@ def test_halfway_points_and_their_neighbours_round_as_defined(fmt, dtype, device
 @pytest.mark.parametrize("name", ["bf16", "fp16", "tf32", "fp32"])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_fp64_is_rounded_once(name, rounding):
-    """Against exact fractions; half of the inputs lie 2**-45 beside a tie, where rounding to fp32 first would go wrong."""
+    """Against exact fractions; most inputs lie 2**-45 beside a tie, where rounding to fp32 first would go wrong."""
     fmt = Format.parse(name)
     generator = torch.Generator().manual_seed(2)
     low_exponent = -14 if name == "fp16" else -100

@@ -1,0 +1,148 @@
+"""A precision parses, prints and parses back; what contradicts itself is one sentence."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fewbits.errors import FewbitsError
+from fewbits.formats import Format
+from fewbits.precision.plan import Exceptional, Plan
+from fewbits.precision.precision import ALIASES, LATER, PRECISIONS, Precision
+
+TEXTS = [
+    *PRECISIONS,
+    "bf16-mixed, master=fp32",
+    "bf16-mixed, master=none",
+    "fp16-mixed, loss_scale=none",
+    "fp16-true, loss_scale=static:1024",
+    "bf16-mixed, master=fp32, loss_scale=dynamic:initial=1024,interval=100,floor=0.5",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_what_it_prints_parses_back(text):
+    precision = Precision.parse(text)
+    assert str(precision) == text
+    assert Precision.parse(str(precision)) == precision
+    assert Precision.from_json(precision.to_json()) == precision
+    assert Precision.from_json(json.dumps(precision.to_json())) == precision
+    assert hash(Precision.parse(text)) == hash(precision)
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [
+        ("16-mixed", "fp16-mixed"),
+        ("bf16", "bf16-mixed"),
+        ("fp16", "fp16-mixed"),
+        ("32-true", "fp32"),
+        ("16-true", "fp16-true"),
+        ("no", "fp32"),
+        ("BF16_Mixed", "bf16-mixed"),
+        ("float32", "fp32"),
+        ("torch.bfloat16", "bf16-mixed"),
+    ],
+)
+def test_the_names_people_type_are_accepted(alias, name):
+    assert Precision.parse(alias) == PRECISIONS[name]
+    assert str(Precision.parse(alias)) == name
+
+
+def test_every_alias_names_a_precision():
+    assert set(ALIASES.values()) <= set(PRECISIONS)
+
+
+@pytest.mark.parametrize(
+    ("name", "working", "operand", "reduction", "master", "loss_scale"),
+    [
+        ("fp64", "fp64", "fp64", "fp64", "none", "none"),
+        ("fp32", "fp32", "fp32", "fp32", "none", "none"),
+        ("tf32", "fp32", "tf32", "fp32", "none", "none"),
+        ("fp16-mixed", "fp16", "fp16", "fp32", "fp32", "dynamic"),
+        ("bf16-mixed", "bf16", "bf16", "fp32", "split", "none"),
+        ("fp16-true", "fp16", "fp16", "fp32", "none", "dynamic"),
+        ("bf16-true", "bf16", "bf16", "fp32", "none", "none"),
+    ],
+)
+def test_each_name_has_its_formats(name, working, operand, reduction, master, loss_scale):
+    p = Precision.parse(name)
+    assert (p.working.name, p.operand.name, p.gradient.name, p.reduction.name) == (working, operand, working, reduction)
+    assert (p.resolved_master().value, p.loss_scale) == (master, loss_scale)
+    assert p.moments == ("fp64" if name == "fp64" else "fp32")
+
+
+def test_a_master_kind_that_is_asked_for_is_used():
+    assert Precision.parse("bf16-mixed, master=fp32").resolved_master().value == "fp32"
+    assert Precision.parse("bf16-mixed, master=none").resolved_master().value == "none"
+    assert Precision.parse("fp32, master=fp32").resolved_master().value == "none"  # the weight is its own master
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_precisions_of_later_versions_say_so(name):
+    with pytest.raises(FewbitsError, match="not in this version"):
+        Precision.parse(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bf16-mixd", "Did you mean 'bf16-mixed'"),
+        ("", "no precision ''"),
+        ("fp8_e4m3", "not in this version"),
+        ("bf16, mastr=fp32", "Did you mean 'master'"),
+        ("bf16, fp32", "not an override"),
+        ("bf16, master=kahan", "not in this version"),
+        ("bf16, master=spilt", "Did you mean 'split'"),
+        ("fp16, master=split", "use master=fp32"),
+        ("fp32, master=split", "use master=auto"),
+        ("fp64, master=fp32", "use master=auto"),
+        ("bf16-true, master=fp32", "use bf16-mixed"),
+        ("bf16, moments=bf16", "in fp32"),
+        ("bf16, update_rounding=stochastic", "'nearest' in this version"),
+        ("fp16, loss_scale=static:1000", "power of two"),
+        ("fp16, loss_scale=static:-1024", "power of two"),
+        ("fp16, loss_scale=static:nan", "power of two"),
+        ("fp16, loss_scale=static", "static:1024"),
+        ("fp16, loss_scale=dynamc", "Did you mean 'dynamic'"),
+        ("fp16, loss_scale=dynamic:intervall=5", "Did you mean 'interval'"),
+        ("fp16, loss_scale=dynamic:interval=0", "1 or more"),
+    ],
+)
+def test_a_mistake_is_one_sentence_that_helps(text, message):
+    with pytest.raises(FewbitsError, match=message):
+        Precision.parse(text)
+
+
+def test_equal_loss_scales_have_one_spelling():
+    assert Precision.parse("fp16, loss_scale=static:2**10") == Precision.parse("fp16, loss_scale=static: 1024.0")
+    assert Precision.parse("bf16, loss_scale=dynamic:initial=2^10").loss_scale == "dynamic:initial=1024"
+
+
+@pytest.mark.parametrize(
+    "stored",
+    ["", "[]", "nonsense", {}, {"schema": "fewbits.precision/2"}, {**PRECISIONS["fp32"].to_json(), "working": "bf16"},
+     {**PRECISIONS["fp32"].to_json(), "master": 3}],
+)  # fmt: skip
+def test_a_stored_precision_that_is_none_is_refused(stored):
+    with pytest.raises(FewbitsError):
+        Precision.from_json(stored)
+
+
+def test_replace_gives_another_value():
+    p = Precision.parse("bf16")
+    assert str(p.replace(master="fp32")) == "bf16-mixed, master=fp32"
+    assert p.master == "auto"
+    with pytest.raises(FewbitsError):
+        p.replace(master="nothing")
+
+
+def test_the_first_exception_of_a_plan_decides():
+    plan = Plan(
+        Precision.parse("bf16"),
+        (Exceptional("head", Format.parse("fp32"), "asked for"), Exceptional("*", Format.parse("fp16"), "the rest")),
+    )
+    assert plan.format_of("head") == (Format.parse("fp32"), "asked for")
+    assert plan.format_of("blocks.0.mlp").value.name == "fp16"
+    assert Plan(Precision.parse("bf16")).format_of("head").value.name == "bf16"
