@@ -30,14 +30,13 @@ PIECES = 8  # the timed stretch is cut in about so many pieces; their median ign
 
 def run_block(config: Config, seconds: float, least_steps: int = 4) -> dict[str, Any]:
     """Time steps of a training for about `seconds`; returns what `main` prints. Raises FewbitsError."""
-    began = time.monotonic()
     data = open_data(config)
     config = config.resolve_vocabulary(data.tokenizer.vocab_size)
     choices = choose_execution(config)
     training = build_training(config, choices, data)
     meter = MemoryMeter(training.model, training.optimizer, training.device, config.train.micro_batches)
     warmup = warm_up(training, meter)
-    ready = time.monotonic() - began
+    timing = time.monotonic()
     pieces, steps, applied = time_steps(training, seconds, least_steps)
     ms = 1000.0 * median(pieces)
     return {
@@ -48,7 +47,7 @@ def run_block(config: Config, seconds: float, least_steps: int = 4) -> dict[str,
         "steps": steps,
         "skipped": steps - applied,
         "warmup_steps": warmup,
-        "ready_s": ready,
+        "timed_s": time.monotonic() - timing,
         "peak_memory_bytes": meter.peak(),
         "memory": meter.roles(),
         "resident_bytes": resident_bytes(),

@@ -11,6 +11,7 @@ from fewbits.choice import Choice
 from fewbits.errors import FewbitsError
 from fewbits.train.config import Config
 
+STARTING = 1.5  # a run starts and ends more slowly than a block: it saves, and measures the compressors
 EVALUATION = 0.45  # one held-out batch, forward only, as a part of a training step
 SAFETY = 0.85  # part of the remaining budget that is planned: later runs on a warm machine are slower than the blocks
 LEAST_STEPS = 20  # fewer say nothing about a precision
@@ -22,7 +23,7 @@ def run_seconds(config: Config, ms_per_step: float, ready: float) -> float:
     train = config.train
     evaluations = 1 + (train.max_steps - 1) // train.eval_every if train.eval_every else 1
     steps = train.max_steps + EVALUATION * train.eval_batches * evaluations
-    return ready + steps * ms_per_step / 1000.0
+    return STARTING * ready + steps * ms_per_step / 1000.0
 
 
 def block_means(blocks: Sequence[Mapping[str, Any]], label: str) -> tuple[float, float] | None:
@@ -43,7 +44,7 @@ def shorten(config: Config, costs: Sequence[tuple[float, float]], seeds: int, se
     if full <= SAFETY * seconds:
         return config, Choice(config.train.max_steps, f"all runs take about {full / 60:.0f} minutes")
     evaluations = EVALUATIONS * EVALUATION * config.train.eval_batches
-    fixed = seeds * sum(ready + evaluations * ms / 1000.0 for ms, ready in costs)
+    fixed = seeds * sum(STARTING * ready + evaluations * ms / 1000.0 for ms, ready in costs)
     per_step = seeds * sum(ms for ms, _ in costs) / 1000.0
     steps = int((SAFETY * seconds - fixed) / per_step)
     if steps < LEAST_STEPS:

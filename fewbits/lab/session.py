@@ -116,6 +116,7 @@ class Session:
             raise FewbitsError(f"{label}: {ended.last_words.rpartition('fewbits: error: ')[2]}")
         entry = {"variant": label, "round": number, "wall_s": ended.seconds}
         entry.update(block or {"status": "failed", "reason": ended.last_words})
+        entry["ready_s"] = ended.seconds - entry.get("timed_s", 0.0)
         self.document["blocks"] = [
             b for b in self.document["blocks"] if (b["variant"], b["round"]) != (label, number)
         ] + [entry]
@@ -152,12 +153,14 @@ class Session:
         return config
 
     def _estimate(self, base: Config, label: str) -> float | None:
+        """Seconds of one run: as runs before it took, else planned from its blocks; None before either."""
+        ended = [r for r in self.document["runs"] if r.get("process_s")]
+        like = [r["process_s"] for r in ended if r["variant"] == label]
+        if like:
+            return float(sum(like) / len(like))
         means = block_means(self.document["blocks"], label)
         if means is None:
-            ended = [r["wall_s"] for r in self.document["runs"] if r["variant"] == label] or [
-                r["wall_s"] for r in self.document["runs"]
-            ]
-            return sum(ended) / len(ended) if ended else None
+            return float(sum(r["process_s"] for r in ended) / len(ended)) if ended else None
         return run_seconds(variant_config(base, self.variants, self.values[label], 0), *means)
 
     def _left(self, base: Config) -> float | None:
@@ -182,12 +185,11 @@ class Session:
         recipe.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(recipe, config.to_toml())
         self.watch.plan(self._left(base))
+        seconds = None
         if not ended_well(run):
-            self._train(config, run, recipe, f"{label}, seed {seed}", self._estimate(base, label))
-        entry = run_entry(run, label, seed)
-        if entry is None:
-            entry = crashed_entry(run, label, seed)
-        self.document["runs"].append(entry)
+            seconds = self._train(config, run, recipe, f"{label}, seed {seed}", self._estimate(base, label))
+        entry = run_entry(run, label, seed) or crashed_entry(run, label, seed)
+        self.document["runs"].append({**entry, "process_s": seconds if entry["status"] == "finished" else None})
         self.save()
         value = entry.get(self.document["measure"])
         shown = "-" if value is None else f"{value:.4f}"
@@ -196,8 +198,10 @@ class Session:
         eta = f"  (about {left / 60:.1f} minutes left)" if left else ""
         self.watch.line(f"{label}: seed {seed} {entry['status']}, held-out {self.document['measure']} {shown}{eta}")
 
-    def _train(self, config: Config, run: Path, recipe: Path, name: str, estimate: float | None) -> None:
-        if (run / "checkpoints" / "latest").exists():
+    def _train(self, config: Config, run: Path, recipe: Path, name: str, estimate: float | None) -> float | None:
+        """Train in a child to the end of it; its seconds, or None when it was only the rest of a run."""
+        resumed = (run / "checkpoints" / "latest").exists()
+        if resumed:
             arguments = ["-m", "fewbits", "train", "--resume", str(run)]
         else:
             shutil.rmtree(run, ignore_errors=True)  # ours, and without a checkpoint there is nothing in it to keep
@@ -213,6 +217,7 @@ class Session:
         ended = run_child(arguments, run.with_name(f"{run.name}.log"), watch)
         if ended.code == 2:
             raise FewbitsError(f"{name}: {ended.last_words.rpartition('fewbits: error: ')[2]}")
+        return None if resumed else ended.seconds
 
 
 def compile_choice(device: torch.device) -> tuple[Literal["true", "false"], str]:

@@ -150,8 +150,8 @@ def _measured(document: Json) -> str:
     sizes = ", ".join(f"{row['variant']} {of_bytes(row.get('resident_bytes'))}" for row in document["rows"])
     return (
         f"Measured in {rounds} alternating block{'' if rounds == 1 else 's'} a row, one process at a time, after "
-        f"warm-up. Memory is {memory} of one whole step; the resident size of the process, which holds Python and torch "
-        f"too, was {sizes}."
+        f"warm-up. Memory is {memory} of one whole step; the resident size of the process, which holds Python and "
+        f"torch too, was {sizes}."
     )
 
 

@@ -14,7 +14,7 @@ from fewbits.precision.precision import Precision
 from fewbits.report.compared import comparison_view, read_comparison
 from fewbits.report.record import RunRecord, read_run
 from fewbits.report.runcharts import memory_chart, run_charts
-from fewbits.report.words import count, duration, flat, of_bytes, value_text
+from fewbits.report.words import count, duration, flat, of_bytes, settings, value_text
 
 STATUS = {
     "finished": "The run reached its last step.",
@@ -87,7 +87,7 @@ def run_view(record: RunRecord) -> dict[str, Any]:
         "cards": _cards(record),
         "yardstick": _yardstick(summary),
         "facts": _facts(record),
-        "precision_table": precision_table(summary, config),
+        "precision_table": precision_table(summary, _start(record), config),
         "choices": [_choice(c) for c in summary.get("choices") or _start_choices(record)],
         "charts": charts,
         "samples": [_sample(e) for e in record.events if e.get("event") == "sample"][-12:],
@@ -147,9 +147,13 @@ def _lead(record: RunRecord) -> str:
     parameters = f" with {count(summary['params'])} parameters" if summary.get("params") else ""
     tokens = summary.get("tokens") or (record.metrics[-1].get("tokens") if record.metrics else None)
     read = f" It read {count(tokens)} tokens" if tokens else " It read no logged token"
-    distinct = f" ({count(summary['distinct_tokens'])} distinct)" if summary.get("distinct_tokens") else ""
+    distinct = f" of a corpus of {count(summary['distinct_tokens'])}" if summary.get("distinct_tokens") else ""
     steps = f" in {done:,} of {planned:,} steps" if planned else f" in {done:,} steps"
-    precision = summary.get("precision") or config.get("precision", "an unrecorded precision")
+    precision = (
+        summary.get("precision")
+        or _start(record).get("precision")
+        or config.get("precision", "an unrecorded precision")
+    )
     return (
         f"A transformer language model ({shape}){parameters} learned to predict the next token of the corpus "
         f"“{data.get('data', '?')}” in {precision}.{read}{distinct}{steps}."
@@ -195,10 +199,10 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         ("distinct tokens", count(s["distinct_tokens"]) if s.get("distinct_tokens") else ""),
         ("epochs", f"{s['epochs']:.3g}" if s.get("epochs") else ""),
         ("parameters", count(s["params"]) if s.get("params") else ""),
-        ("model", ", ".join(f"{k} {value_text(v)}" for k, v in model.items())),
+        ("model", settings(model)),
         ("batch", f"{train.get('batch_size', '-')} sequences of {model.get('context', '-')} tokens a step, in "
          f"{train.get('micro_batches', 1)} micro-batch{'' if train.get('micro_batches', 1) == 1 else 'es'}"),
-        ("optimizer", ", ".join(f"{k} {value_text(v)}" for k, v in optim.items() if k != "optimizer")),
+        ("optimizer", settings({k: v for k, v in optim.items() if k != "optimizer"})),
         ("seed", str(train.get("seed", "-"))),
     ]  # fmt: skip
     if optim.get("optimizer"):
@@ -206,9 +210,9 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
     return [(name, value) for name, value in facts if value]
 
 
-def precision_table(summary: dict[str, Any], config: dict[str, Any]) -> str:
+def precision_table(summary: dict[str, Any], start: dict[str, Any], config: dict[str, Any]) -> str:
     """The table of the precision that ran: the one the run saved, or the one its name stands for."""
-    saved = summary.get("precision_table")
+    saved = summary.get("precision_table") or start.get("precision_table")
     if isinstance(saved, str) and saved.strip():
         return saved
     name = summary.get("precision") or config.get("precision")

@@ -178,7 +178,9 @@ def _axes(series: Sequence[Series], chart: Chart) -> tuple[_Axis, _Axis] | None:
     low, high = min(ys), max(ys)
     if chart.log_y:
         base = 2.0 if chart.y_powers_of_two else 10.0
-        ticks = log_ticks(low, high if high > low else low * 2, base)
+        if low == high:  # a constant stands in the middle
+            low, high = low / base, high * base
+        ticks = log_ticks(low, high, base)
         return _Axis(x_low, x_high, x_ticks), _Axis(ticks[0], ticks[-1], ticks, True, base)
     ticks = nice_ticks(0.0 if chart.zero else low, high)
     return _Axis(x_low, x_high, x_ticks), _Axis(ticks[0], ticks[-1], ticks)
@@ -346,9 +348,8 @@ def interval_chart(
         return left + (right - left) * (0.5 + 0.5 * max(-1.0, min(1.0, value / full)))
 
     band = px(margin) - px(-margin)
-    out.append(
-        f'<rect x="{px(-margin):.1f}" y="{top:.1f}" width="{band:.1f}" height="{foot - top:.1f}" fill="var(--grid,#ddd)"/>'
-    )
+    box = f'x="{px(-margin):.1f}" y="{top:.1f}" width="{band:.1f}" height="{foot - top:.1f}"'
+    out.append(f'<rect {box} fill="var(--grid,#ddd)"/>')
     out.append(f'<path d="M{px(0):.1f} {top:.1f}V{foot:.1f}" stroke="var(--muted,#888)"/>')
     for i, (label, index, interval, dots) in enumerate(rows):
         y, colour = top + step * (i + 0.5) + 4, _colour(index)

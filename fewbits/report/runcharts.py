@@ -62,7 +62,7 @@ def _loss_scale(record: RunRecord, skipped: list[float]) -> list[Figure]:
         log_y=True,
         y_powers_of_two=True,
         marks=skipped,
-        mark_name="steps skipped since the last log",
+        mark_name="skipped steps",
     )
     total = int(record.column("skipped")[1][-1]) if record.column("skipped")[1] else len(skipped)
     caption = f"The power of two by which the loss is multiplied before backward. {total} steps skipped in all."
@@ -70,7 +70,10 @@ def _loss_scale(record: RunRecord, skipped: list[float]) -> list[Figure]:
 
 
 def skipped_steps(record: RunRecord) -> list[float]:
-    """Logged steps at which the cumulative count of skipped steps had grown since the line before."""
+    """The skipped steps: as the events name them, else the logged steps at which their count had grown."""
+    named = [float(step) for e in record.events if e.get("event") == "skipped" for step in e.get("steps") or []]
+    if named:
+        return named
     x, y = record.column("skipped")
     return [x[i] for i in range(len(x)) if y[i] > (y[i - 1] if i else 0)]
 

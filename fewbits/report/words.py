@@ -7,7 +7,7 @@ from typing import Any
 
 from fewbits.report.plots import number
 
-__all__ = ["count", "duration", "flat", "number", "of_bytes", "percent", "ratio", "value_text"]
+__all__ = ["count", "duration", "flat", "number", "of_bytes", "percent", "ratio", "settings", "value_text"]
 
 
 def of_bytes(size: float | None) -> str:
@@ -55,12 +55,14 @@ def count(value: float | None) -> str:
 def percent(fraction: float | None, signed: bool = False) -> str:
     """A fraction in per cent, two or three digits.
 
-    >>> percent(0.0123, signed=True), percent(0.4)
-    ('+1.23 %', '40.00 %')
+    >>> percent(0.0123, signed=True), percent(0.4), percent(-0.00002, signed=True), percent(-0.0)
+    ('+1.23 %', '40.00 %', '-0.0020 %', '0 %')
     """
     if fraction is None or not math.isfinite(fraction):
         return "-"
-    return f"{100 * fraction:{'+' if signed else ''}.2f} %"
+    digits = 2 if abs(fraction) >= 0.001 else 4  # below a tenth of a per cent two digits would all read 0.00
+    shown = f"{100 * fraction:{'+' if signed else ''}.{digits}f}"
+    return "0 %" if float(shown) == 0 else f"{shown} %"
 
 
 def ratio(value: float | None) -> str:
@@ -76,9 +78,11 @@ def value_text(value: object, digits: int = 4) -> str:
     """Any recorded value: floats with some digits, the rest as it stands; None is a dash."""
     if value is None:
         return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.{digits}f}" if 1e-3 <= abs(value) < 1e4 else f"{value:.{digits}g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -94,3 +98,13 @@ def flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         elif item is not None and item != "":
             rows.append((prefix + key, str(item)))
     return rows
+
+
+def settings(values: dict[str, Any]) -> str:
+    """Options as one line, numbers as people type them; empty ones are left out.
+
+    >>> settings({"lr": 3e-3, "rope_theta": 10000.0, "bias": True, "cache": ""})
+    'lr 0.003, rope_theta 10000, bias yes'
+    """
+    shown = {k: f"{v:g}" if isinstance(v, int | float) and not isinstance(v, bool) else v for k, v in values.items()}
+    return ", ".join(f"{k} {value_text(v)}" for k, v in shown.items() if v not in ("", None))
