@@ -124,13 +124,24 @@ class Display:
 
     def fact(self, name: str, value: str, reason: str = "") -> None:
         """A line such as `device      cpu  (why: no CUDA device is present)`."""
-        text = Text(f"{name:<11} ", style="bold")
-        text.append(printable(value, self._encoding), style="default not bold")
+        text = Text(printable(value, self._encoding))
         if reason:
             text.append(printable(f"  (why: {reason})", self._encoding), style="dim")
-        lines = text.wrap(self.console, max(40, self.console.width - 12)) if self.console.is_terminal else [text]
-        for number, piece in enumerate(lines):
-            self.console.print(piece if number == 0 else Text(" " * 12).append_text(piece), soft_wrap=True)
+        self._hanging(Text(f"{name:<11} ", style="bold"), text)
+
+    def table(self, rows: str, indent: int) -> None:
+        """A plain-text table; in a narrow terminal its long lines go on below their `indent`-th column."""
+        for row in rows.splitlines():
+            shown = printable(row, self._encoding)
+            self._hanging(Text("  " + shown[:indent], style="dim"), Text(shown[indent:], style="dim"))
+
+    def _hanging(self, head: Text, text: Text) -> None:
+        """`head` and `text` on a line; in a terminal, what does not fit goes on below the beginning of `text`."""
+        width = max(30, self.console.width - len(head))
+        lines = text.wrap(self.console, width) if self.console.is_terminal else [text]
+        for number, piece in enumerate(lines or [text]):
+            piece.rstrip()
+            self.console.print((head.copy() if number == 0 else Text(" " * len(head))) + piece, soft_wrap=True)
 
     def note(self, text: str) -> None:
         """Something the person should know."""
@@ -206,14 +217,16 @@ class Display:
 
     def evaluation(self, entry: Mapping[str, Any], compression: Mapping[str, Any]) -> None:
         """A result on held-out text, with what general compressors make of the same text."""
-        self.line(f"{entry['step']:>6d} {held_out(entry)}{beside(compression)}", "green")
+        bits = entry.get("bits_per_byte")
+        text = f"{entry['step']:>6d} eval loss {entry['val_loss']:.4f}, perplexity {entry['perplexity']:.4g}"
+        self.line(text + ("" if bits is None else f", bits/byte {bits:.3f}{beside(compression)}"), "green")
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """What the model writes by now, prompt included."""
         shown = f"after {prompt!r}" if prompt.strip() else "from nothing"
         self.line(f"{step:>6d} sample {shown}:", "magenta")
-        for piece in (prompt + text).splitlines():
-            self.line(f"       | {piece}", "dim")
+        for piece in (prompt + text).rstrip().splitlines():
+            self.line(f"       | {piece}".rstrip(), "dim")
 
     def end(self) -> None:
         """Takes the bar away."""
@@ -232,7 +245,7 @@ def held_out(entry: Mapping[str, Any]) -> str:
 def beside(compression: Mapping[str, Any]) -> str:
     """What compressors make of the held-out text, to stand beside bits per byte."""
     parts = [f"{name} {compression[name]:.2f}" for name in ("gzip", "xz") if compression.get(name) is not None]
-    return f"  ({', '.join(parts)})" if parts else ""
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def show_summary(display: Display, summary: Mapping[str, Any], wrote: Iterable[str]) -> None:

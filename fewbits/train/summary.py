@@ -46,8 +46,7 @@ def introduce(
             display.fact({"deterministic": "same bits"}.get(entry["what"], entry["what"]), str(value), entry["reason"])
     known = f"the peak is {peak / 1e12:,.0f} TFLOP/s" if peak else "the peak of this device is not known: null"
     display.fact("mfu", f"{FORMULA}; {known}")
-    for line in table.splitlines():
-        display.line(f"  {line}", "dim")
+    display.table(table, indent=27)
 
 
 def _yardstick(compression: Mapping[str, Any]) -> str:
