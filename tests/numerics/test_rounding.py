@@ -166,6 +166,15 @@ def test_planted_double_rounding_does_not_happen():
     assert round_to(x, "bf16").item() == 1.0  # through fp32 the tie would go away from zero
 
 
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("name", ["bf16", "tf32"])
+def test_the_short_way_for_ordinary_values_is_the_general_way(name, rounding):
+    x = any_fp32(200_000)
+    general = cast(x, name, rounding)  # the NaN in it forbids the short way
+    ordinary = x.abs() <= FORMATS[name].max
+    assert_same(cast(x[ordinary], name, rounding), general[ordinary])
+
+
 @pytest.mark.parametrize("name", ["fp64", "fp32"])
 def test_a_format_as_wide_as_the_input_changes_nothing(name):
     x = any_fp32(1000)
