@@ -47,14 +47,6 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def replace_file(path: Path, content: bytes | str) -> None:
-    """Put a small file in place at once: readers see the old content or the new one, never a part of either."""
-    temporary = path.with_name(f".saving-{path.name}")
-    write_file(temporary, [content.encode() if isinstance(content, str) else content])
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
 def remove_folder(folder: Path) -> None:
     """Remove a folder and what it holds; nothing when it is not there."""
     if folder.is_dir():

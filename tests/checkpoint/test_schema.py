@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from fewbits.checkpoint.disk import replace_file
 from fewbits.checkpoint.schema import check, dump_json, load_json, parse_json, read_json
 from fewbits.errors import FewbitsError
 
@@ -93,11 +92,3 @@ def test_json_carries_every_float_and_stays_standard_json() -> None:
 def test_what_json_would_change_is_refused(value) -> None:
     with pytest.raises(TypeError):
         dump_json(value)
-
-
-def test_a_small_file_is_replaced_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "summary.json"
-    replace_file(path, "one")
-    replace_file(path, b"two")
-    assert path.read_bytes() == b"two"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
