@@ -10,7 +10,7 @@ from fewbits.cli.console import find_run, make_console
 from fewbits.cli.options import ConfigCommand
 from fewbits.errors import FewbitsError
 from fewbits.train.aliases import apply_options
-from fewbits.train.config import Config, load_recipe, recipes
+from fewbits.train.config import Config, load_recipe, override, recipes
 from fewbits.train.room import host_bytes, refuse_oversize
 
 
@@ -46,7 +46,11 @@ def _base(recipe: str | None, file: str | None) -> Config:
     looks_like_text = recipe is not None and (Path(recipe).suffix in (".txt", ".jsonl") or Path(recipe).is_dir())
     if looks_like_text and recipe not in recipes():
         raise FewbitsError(f"{recipe!r} is text, not a recipe. To learn it: fewbits train --data {recipe}")
-    return load_recipe(recipe or file or "nano")
+    chosen = recipe or file or "nano"
+    config = load_recipe(chosen)
+    if config.train.out_dir and Path(config.train.out_dir).absolute() == Path(chosen).absolute().parent:
+        config = override(config, "train.out_dir", "")  # a run's own config.toml: repeat it, in a new directory
+    return config
 
 
 def _resume(text: str, base: str | None, given: dict[str, str]) -> int:

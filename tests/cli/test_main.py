@@ -109,6 +109,16 @@ def test_config_takes_a_file(trained, tmp_path):
     assert trained[0][0].train.seed == 9
 
 
+def test_the_config_of_a_run_repeats_it_in_a_new_directory(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    text = load_recipe("nano").to_toml().replace('out_dir = ""', 'out_dir = "runs/a"')
+    (tmp_path / "runs" / "a" / "config.toml").write_text(text, encoding="utf-8")
+    run(["train", "--config", "runs/a/config.toml"])
+    run(["train", "--config", "runs/a/config.toml", "--out_dir", "runs/b"])
+    assert [config.train.out_dir for config, _ in trained] == ["", "runs/b"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
