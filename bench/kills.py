@@ -62,7 +62,7 @@ class Place:
     """A folder for trials: the text, the cache, and a reference run of each kind made when it is first asked for."""
 
     folder: Path
-    references: dict[str, tuple[dict[str, str], float]] = field(default_factory=dict)
+    references: dict[str, tuple[dict[str, str], float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         (self.folder / "text.txt").write_text(Path(argparse.__file__).read_text(encoding="utf-8"), encoding="utf-8")
@@ -81,12 +81,14 @@ class Place:
         options = {**TINY, **KINDS[kind], "data": self.folder / "text.txt", "out_dir": run}
         return self.start(*(f"--{name}={value}" for name, value in options.items()), "--deterministic")
 
-    def reference(self, kind: str) -> tuple[dict[str, str], float]:
-        """What the uninterrupted run ends with, and how many seconds its process took."""
+    def reference(self, kind: str) -> tuple[dict[str, str], float, float]:
+        """What the uninterrupted run ends with, and the seconds that its process and one of its steps took."""
         if kind not in self.references:
             run, began = self.folder / f"reference-{len(self.references)}", time.monotonic()
             finish(self.begin(run, kind))
-            self.references[kind] = final(run), time.monotonic() - began
+            seconds = time.monotonic() - began
+            summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+            self.references[kind] = final(run), seconds, summary["ms_per_step"] / 1000
         return self.references[kind]
 
 
@@ -128,10 +130,12 @@ def kill(process: subprocess.Popen[str]) -> bool:
     return alive
 
 
-def kill_after(process: subprocess.Popen[str], seconds: float) -> bool:
-    """Kills `seconds` after the start, wherever the run is then."""
+def kill_anywhere(process: subprocess.Popen[str], run: Path, after_step: int, delay: float) -> bool:
+    """Kills `delay` seconds after the checkpoint of `after_step` is seen, wherever the run is then."""
+    while process.poll() is None and newest(run) < after_step:
+        time.sleep(0.002)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(seconds)
+        process.wait(delay)
     return kill(process)
 
 
@@ -164,14 +168,16 @@ def resume(place: Place, run: Path, kind: str) -> tuple[Path, str]:
 def trial(place: Place, number: int, inside: bool, randomness: random.Random) -> dict[str, object] | None:
     """One kill and its resume; None when the kill missed (the run had ended, or no save was on its way)."""
     kind = list(KINDS)[number % len(KINDS)]
-    expected, seconds = place.reference(kind)
+    expected, seconds, step_seconds = place.reference(kind)
     run = place.folder / f"run-{number}-{randomness.randrange(10**9)}"
     process = place.begin(run, kind)
+    last = randomness.randrange(-SAVE_EVERY, STEPS - SAVE_EVERY, SAVE_EVERY)
     if inside:
-        last = randomness.randrange(-1, STEPS - SAVE_EVERY, SAVE_EVERY)
         hit = kill_inside_save(process, run, last, randomness.uniform(0, 0.03))
+    elif last < 0:  # before the first checkpoint: also while it imports, reads and builds
+        hit = kill_anywhere(process, run, -1, randomness.uniform(0, seconds))
     else:
-        hit = kill_after(process, randomness.uniform(0.4 * seconds, seconds))  # before, it is importing torch
+        hit = kill_anywhere(process, run, last, randomness.uniform(0, 2 * SAVE_EVERY * step_seconds))
     if not hit:
         return None
     at = {"newest_checkpoint": newest(run), "inside_a_save": inside_a_save(run)}
