@@ -6,12 +6,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from fewbits.checkpoint.load import Checkpoint, load_checkpoint
+from fewbits.checkpoint.load import Checkpoint, list_checkpoints, load_checkpoint
 from fewbits.choice import Choice
 from fewbits.errors import FewbitsError
 from fewbits.train.choices import Choices
 from fewbits.train.config import Config, options
-from fewbits.train.execution import choose_device, prepare_determinism
+from fewbits.train.execution import choose_device, choose_execution, prepare_determinism
+from fewbits.train.record import read_lines
 
 # What moves no weight, or only says how far to go. Everything else stays what it was when the run began.
 FREE = {"out_dir", "max_steps", "stop_at", "log_every", "eval_every", "eval_batches", "sample_every", "sample_tokens"}
@@ -29,6 +30,19 @@ def run_folder(path: Path) -> Path:
     found = sorted(entry.name for entry in path.iterdir())[:4] if path.is_dir() else []
     holds = f"it holds {', '.join(found)}" if found else "it is empty" if path.is_dir() else "it is a file"
     raise FewbitsError(f"{path} is not a run of fewbits: it has no config.toml ({holds}). Name a run directory.")
+
+
+def has_checkpoint(path: Path, folder: Path) -> bool:
+    """Whether there is anything to load: a run that was killed before its first save has none and begins again."""
+    return path.absolute() != folder.absolute() or bool(list_checkpoints(folder))
+
+
+def first_choices(config: Config, folder: Path) -> Choices:
+    """The choices that a run without a checkpoint recorded when it began, or new ones."""
+    events = [event for event in read_lines(folder / "events.jsonl") if event.get("event") == "start"]
+    if events and "choices" in events[0]:
+        return Choices.from_json(events[0]["choices"])
+    return choose_execution(config)
 
 
 def load_for_resume(path: Path, folder: Path, max_steps: int) -> Checkpoint:

@@ -32,7 +32,7 @@ from fewbits.train.execution import choose_execution, determinism
 from fewbits.train.generate import sample
 from fewbits.train.memory import MemoryMeter
 from fewbits.train.record import Record, environment, write_atomically
-from fewbits.train.resume import continued, load_for_resume, recorded_choices, run_folder
+from fewbits.train.resume import continued, first_choices, has_checkpoint, load_for_resume, recorded_choices, run_folder
 from fewbits.train.rundir import Lock, check_free, check_writable, next_free
 from fewbits.train.signals import Interrupts
 from fewbits.train.state import collect, restore
@@ -133,20 +133,28 @@ def _claim(config: Config, stack: ExitStack) -> Path:
         return folder
 
 
-def _resumed(config: Config, path: Path, display: Display, stack: ExitStack) -> tuple[Training, Path, Checkpoint]:
+def _resumed(
+    config: Config, path: Path, display: Display, stack: ExitStack
+) -> tuple[Training, Path, Checkpoint | None]:
     """A training brought to the state of the run's newest good checkpoint, and its directory, locked."""
     folder = run_folder(path)
     check_writable(folder)
     stack.callback(Lock(folder).release)
-    checkpoint = load_for_resume(path, folder, config.train.max_steps)
-    config = continued(config, checkpoint)
-    choices = recorded_choices(config, checkpoint)
+    checkpoint = None
+    if has_checkpoint(path, folder):
+        checkpoint = load_for_resume(path, folder, config.train.max_steps)
+        config = continued(config, checkpoint)
+        choices = recorded_choices(config, checkpoint)
+    else:
+        display.note(f"{folder} has no checkpoint yet: it begins again, as it began before.")
+        choices = first_choices(config, folder)
     stack.enter_context(determinism(choices.deterministic.value and choices.torch_device().type == "cuda"))
     with display.progress() as progress:
         data = open_data(config, progress)
     training = build_training(config, choices, data)
-    restore(training, checkpoint)
-    if checkpoint.save_dtype is not None:
+    if checkpoint is not None:
+        restore(training, checkpoint)
+    if checkpoint is not None and checkpoint.save_dtype is not None:
         display.note(f"The weights were saved in {checkpoint.save_dtype}: the run goes on, but not bit for bit.")
     return training, folder, checkpoint
 
@@ -197,12 +205,19 @@ class Run:
         """Runs to the end, however it comes, and returns the summary."""
         (self.folder / "summary.json").unlink(missing_ok=True)  # a run without one is going on, or was killed
         self._introduce()
+        with Interrupts() as interrupts:
+            summary = self._run(interrupts)
+            show_summary(self.display, summary, self._paths())
+            advise(self.display, summary, str(self.folder))
+        return summary
+
+    def _run(self, interrupts: Interrupts) -> dict[str, Any]:
+        """The loop, and summary.json whatever ends it."""
         status, reason = "crashed", ""
         try:
-            with Interrupts() as interrupts:
-                self.display.begin(self.first, self.end)
-                self.began = time.perf_counter()
-                reason = self._loop(interrupts)
+            self.display.begin(self.first, self.end)
+            self.began = time.perf_counter()
+            reason = self._loop(interrupts)
             status = "finished" if self.done >= self.config.train.max_steps else "stopped"
         except _Diverged as error:
             status, reason = "diverged", f"{error.what} at step {error.step}"
@@ -216,10 +231,9 @@ class Run:
             self.record.event("error", self.done, message=reason)
             raise
         finally:
+            interrupts.ending()
             self.display.end()
             summary = self._finish(status, reason)
-        show_summary(self.display, summary, self._paths())
-        advise(self.display, summary, str(self.folder))
         return summary
 
     def _loop(self, interrupts: Interrupts) -> str:
