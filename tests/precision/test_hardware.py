@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import torch.utils.flop_counter
 
 from fewbits.errors import FewbitsError
 from fewbits.precision import hardware
@@ -152,10 +153,14 @@ def test_this_cpu_is_described_once_with_measured_figures():
         assert "GFLOP/s" in answer.reason
 
 
-def test_timing_leaves_the_random_state_alone():
-    state = torch.get_rng_state()
-    hardware.time_cpu.__wrapped__(("bf16",))
-    assert torch.equal(torch.get_rng_state(), state)
+def test_timing_changes_nothing_around_it_and_nothing_around_changes_it():
+    before = torch.get_rng_state(), torch.get_num_threads()
+    with torch.device("meta"), torch.autocast("cpu"), torch.utils.flop_counter.FlopCounterMode(display=False) as flops:
+        rates = dict(hardware.time_cpu.__wrapped__(("bf16",)))
+    assert rates["fp32"] > 0
+    assert flops.get_total_flops() == 0
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert torch.get_num_threads() == before[1]
 
 
 @pytest.mark.parametrize(
