@@ -114,9 +114,9 @@ class Session:
         ended, block = self._block_process(config, f"{self.names[label]}-{number}", seconds)
         if ended.code == 2:
             raise FewbitsError(f"{label}: {ended.last_words.rpartition('fewbits: error: ')[2]}")
-        entry = {"variant": label, "round": number, "wall_s": ended.seconds}
+        entry: dict[str, Any] = {"variant": label, "round": number, "wall_s": ended.seconds}
         entry.update(block or {"status": "failed", "reason": ended.last_words})
-        entry["ready_s"] = ended.seconds - entry.get("timed_s", 0.0)
+        entry["ready_s"] = ended.seconds - (block or {}).get("timed_s", 0.0)
         self.document["blocks"] = [
             b for b in self.document["blocks"] if (b["variant"], b["round"]) != (label, number)
         ] + [entry]
