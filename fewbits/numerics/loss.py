@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbits.numerics.matmul import operand
+from fewbits.numerics.matmul import onednn_bf16, operand
 from fewbits.numerics.norm import widen
 
 IGNORE = -100  # label of a position that is no target: torch's convention
@@ -52,13 +52,14 @@ def softmax_gradient(logits_NV: Tensor, labels_N: Tensor, factor: Tensor) -> tup
     """Loss of every row and the gradient of `factor * sum(losses)` with respect to the logits, both in fp32 or wider."""
     real_N = labels_N != IGNORE
     index_N1 = labels_N.clamp(min=0).unsqueeze(1)
-    log_sum_N = torch.logsumexp(logits_NV, 1)
-    losses_N = torch.where(real_N, log_sum_N - logits_NV.gather(1, index_N1).squeeze(1), 0.0)
+    log_p_NV = torch.log_softmax(logits_NV, 1)
+    losses_N = torch.where(real_N, -log_p_NV.gather(1, index_N1).squeeze(1), 0.0)
     weight_N1 = torch.where(real_N, factor, 0.0).unsqueeze(1)
-    columns_V = torch.arange(logits_NV.shape[1], device=logits_NV.device)
-    target_NV = columns_V.unsqueeze(0) == index_N1
-    gradient_NV = ((logits_NV - log_sum_N.unsqueeze(1)).exp() - target_NV.to(logits_NV.dtype)) * weight_N1
-    return losses_N, gradient_NV
+    if torch.compiler.is_compiling():  # one loop; a scatter would be a second kernel
+        target_NV = torch.arange(logits_NV.shape[1], device=logits_NV.device).unsqueeze(0) == index_N1
+        return losses_N, (log_p_NV.exp() - target_NV.to(logits_NV.dtype)) * weight_N1
+    gradient_NV = log_p_NV.exp_().scatter_add_(1, index_N1, torch.full_like(index_N1, -1, dtype=logits_NV.dtype))
+    return losses_N, gradient_NV.mul_(weight_N1)
 
 
 def row_losses(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
@@ -68,22 +69,37 @@ def row_losses(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
 
 
 class _Product:
-    """How this head multiplies: fp32 results from 16-bit operands, natively where the device returns them.
+    """How this head multiplies: fp32 results from 16-bit operands, since the weight gradient is a sum over tokens and may
+    not be rounded to 16 bits between pieces.
 
-    On CUDA a 16-bit matmul hands out its fp32 accumulator. On a CPU the operands are widened: the weight gradient is a
-    sum over tokens and may not be rounded to 16 bits between pieces.
+    On CUDA a 16-bit matmul hands out its fp32 accumulator. On a CPU the operands are widened; where the CPU multiplies bf16
+    natively, oneDNN is allowed to narrow them again inside, which is exact for what came from bf16.
     """
 
-    def __init__(self, weight_VD: Tensor, tf32: bool):
+    def __init__(self, weight_VD: Tensor, tf32: bool, narrow_inside: bool):
         self.native = weight_VD.is_cuda and weight_VD.dtype in (torch.float16, torch.bfloat16)
         self.tf32 = tf32
+        self.narrow_inside = narrow_inside and weight_VD.dtype == torch.bfloat16 and not weight_VD.is_cuda
         self.weight_VD = weight_VD if self.native else operand(weight_VD, tf32)
 
     def enter(self, x: Tensor) -> Tensor:
         return x if self.native else operand(x, self.tf32)
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.mm(a, b, out_dtype=torch.float32) if self.native else a @ b
+        with onednn_bf16(self.narrow_inside):
+            return torch.mm(a, b, out_dtype=torch.float32) if self.native else a @ b
+
+    def to_hidden(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        """gradient @ weight in the dtype of the hidden states."""
+        return gradient @ self.weight_VD if self.native else self(gradient, self.weight_VD).to(dtype)
+
+    def add_(self, total: Tensor, gradient: Tensor, entering: Tensor) -> None:
+        """total += gradient.T @ entering, in fp32."""
+        if self.native:
+            total += self(gradient.t(), entering)
+        else:
+            with onednn_bf16(self.narrow_inside):
+                total.addmm_(gradient.t(), entering)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -95,10 +111,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels_N: Tensor,
         factor: Tensor,
         rows: int,
-        tf32: bool,
+        product: _Product,
         pieces: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
     ) -> Tensor:
-        product = _Product(weight_VD, tf32)
         wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
         losses_N = hidden_ND.new_empty(labels_N.shape, dtype=wide)
         grad_hidden_ND = torch.empty_like(hidden_ND)
@@ -109,11 +124,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses_N[piece], gradient = pieces(product(entering, product.weight_VD.t()), labels_N[piece], factor)
             # Rounded to the format of the working gradients, then widened again where the product is emulated.
             gradient = product.enter(gradient.to(hidden_ND.dtype))
-            grad_hidden_ND[piece] = gradient @ product.weight_VD
-            if product.native:
-                grad_weight_VD += product(gradient.t(), entering)
-            else:
-                grad_weight_VD.addmm_(gradient.t(), entering)
+            grad_hidden_ND[piece] = product.to_hidden(gradient, hidden_ND.dtype)
+            product.add_(grad_weight_VD, gradient, entering)
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), factor)
         return losses_N.sum()
 
@@ -131,6 +143,7 @@ def linear_cross_entropy(
     labels_N: Tensor,
     *,
     tf32: bool = False,
+    narrow_inside: bool = False,
     pieces: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = softmax_gradient,
 ) -> Tensor:
     """Sum over real targets of the cross entropy of `hidden @ weight.T`, 0-d, in nats, fp32 (fp64 for fp64).
@@ -140,17 +153,18 @@ def linear_cross_entropy(
 
     Args:
         tf32: round the operands to tf32 first (for a CPU; a GPU does it itself).
+        narrow_inside: this CPU multiplies bf16 natively.
         pieces: `softmax_gradient`, or a compiled twin of it.
     """
     rows = piece_rows(labels_N.shape[0], weight_VD.shape[0], hidden_ND.device.type)
+    product = _Product(weight_VD, tf32, narrow_inside)
     if torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad):
         wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
         announced = _FACTOR.get()
         factor = torch.ones((), dtype=wide, device=hidden_ND.device) if announced is None else announced.to(wide)
         return _LinearCrossEntropy.apply(  # type: ignore[no-any-return, no-untyped-call]
-            hidden_ND, weight_VD, labels_N, factor, rows, tf32, pieces
+            hidden_ND, weight_VD, labels_N, factor, rows, product, pieces
         )
-    product = _Product(weight_VD, tf32)
     total = [
         row_losses(product(product.enter(hidden_ND[i : i + rows]), product.weight_VD.t()), labels_N[i : i + rows])
         for i in range(0, labels_N.shape[0], rows)

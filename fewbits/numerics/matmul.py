@@ -10,6 +10,8 @@ them in fp32 gives what a matrix unit with an fp32 accumulator gives, up to the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +27,24 @@ def operand(x: Tensor, tf32: bool) -> Tensor:
     Ties go away from zero, as the conversion instruction of the hardware does it (PTX `cvt.rna.tf32.f32`).
     """
     return cast(x, "tf32", rounding="nearest-away") if tf32 else widen(x)
+
+
+@contextmanager
+def onednn_bf16(active: bool) -> Iterator[None]:
+    """Within, when `active`, oneDNN multiplies fp32 CPU tensors as bf16 with fp32 sums and fp32 results.
+
+    Exact for tensors that hold bf16 values: the way to an fp32 result from bf16 operands, which torch's CPU matmul lacks.
+    """
+    if not active:
+        yield
+        return
+    switch = torch.backends.mkldnn.matmul
+    before = switch.fp32_precision
+    switch.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
 
 
 class _EmulatedLinear(torch.autograd.Function):

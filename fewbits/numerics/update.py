@@ -2,10 +2,10 @@
 
 All arithmetic here is fp32 (fp64 for fp64 weights). The rules are written in single operations (add, subtract,
 multiply, divide, square root; no lerp, addcmul or addcdiv, whose vectorized body may fuse what its scalar tail does
-not): in eager code an element has one result however the tensor is cut, grouped, sharded or vectorized. Every master
-kind shares these same lines, which is why the split and the fp32 master agree bit for bit. A compiler on CUDA may
-fuse a multiplication into an addition, the same way for every kind; eager and compiled results differ in the last
-places (torch's own CPU square root is off by up to one unit in the last place, a compiled one is exact).
+not), so an element has one result however its tensor is cut, grouped or sharded. Every master kind shares these same
+lines, which is why the split and the fp32 master agree bit for bit. A compiler on CUDA may fuse a multiplication into
+an addition, the same way for every kind; eager and compiled results differ in the last places (torch's own CPU square
+root is off by up to one unit in the last place, a compiled one is exact).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from fewbits.numerics.rounding import round_to
 
 BF16_QUIET_NAN = 0x7FC0
 
@@ -32,10 +34,13 @@ def split_master(exact: Tensor) -> tuple[Tensor, Tensor]:
     would carry into the sign, and one whose payload lies in the low bits would look like inf.
     """
     bits = exact.view(torch.int32)
-    top = (bits + 0x8000) >> 16
-    nan = exact != exact
-    remainder = (bits - (top << 16)).to(torch.int16).masked_fill(nan, 0)
-    return top.to(torch.int16).masked_fill(nan, BF16_QUIET_NAN).view(torch.bfloat16), remainder
+    top = (bits + 0x8000).bitwise_right_shift_(16)
+    working = top.to(torch.int16)
+    remainder = (bits - top.bitwise_left_shift_(16)).to(torch.int16)
+    if torch.compiler.is_compiling() or exact.device.type != "cpu" or bool(exact.sum().isnan()):
+        nan = exact != exact  # in eager CPU code one sum, which no NaN escapes, saves these three passes
+        working, remainder = working.masked_fill(nan, BF16_QUIET_NAN), remainder.masked_fill(nan, 0)
+    return working.view(torch.bfloat16), remainder
 
 
 def join_master(working: Tensor, remainder: Tensor) -> Tensor:
@@ -52,13 +57,7 @@ def round_away(exact: Tensor, dtype: torch.dtype) -> Tensor:
         return exact
     if dtype == torch.bfloat16:
         return split_master(exact)[0]
-    near = exact.to(dtype)  # nearest, ties to even: right except where a tie went towards zero
-    further = (near.view(torch.int16) + 1).view(dtype)  # the next value away from zero (fp16 is sign and magnitude)
-    # Both differences are exact where they are equal: then `exact` is the midpoint (Sterbenz). A tie that already went
-    # away has its other neighbour towards zero and compares unequal; inf and NaN compare unequal too.
-    size = exact.abs()
-    tie = (further.to(exact.dtype).abs() - size) == (size - near.to(exact.dtype).abs())
-    return torch.where(tie, further, near)
+    return round_to(exact, dtype, "nearest-away")
 
 
 def adamw_(weight: Tensor, gradient: Tensor, moments: Sequence[Tensor], scalars: Sequence[Tensor]) -> None:
