@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fewbits.choice import Choice
-from fewbits.errors import FewbitsError
+from fewbits.errors import FewbitsError, nearest
 from fewbits.formats import Format
 from fewbits.precision.hardware import check, describe, native
 from fewbits.precision.precision import Precision
@@ -59,16 +59,13 @@ def choose_execution(config: Config) -> Choices:
     Raises FewbitsError for a device that is not there, and a precision or `compile` that it cannot run.
     """
     config = with_vocabulary(config, GUESSED_VOCABULARY)
-    if config.train.deterministic:
-        prepare_determinism()
-    device = choose_device(config.train.device)
+    device = check_device(config)
     torch_device = torch.device(device.value)
     threads = Choice(torch.get_num_threads(), "what torch finds here")
     trials = _Trials(config, torch_device)
     try:
         precision = _choose_precision(config, torch_device, trials)
         chosen = config.resolve_precision(precision.value)
-        check(chosen, describe(torch_device))
         compile = _choose_compile(config, chosen, torch_device, trials)
         deterministic = _choose_determinism(config, chosen, torch_device, trials, compile.value)
     finally:
@@ -76,22 +73,38 @@ def choose_execution(config: Config) -> Choices:
     return Choices(device, precision, compile, deterministic, threads)
 
 
+def check_device(config: Config) -> Choice:
+    """The device of `config`. Raises FewbitsError, before any work is done, when it is not there or not usable."""
+    if config.train.deterministic:
+        prepare_determinism()
+    device = choose_device(config.train.device)
+    place = torch.device(device.value)
+    check(config.resolve_precision("fp32"), describe(place))
+    if config.train.compile == "true" and (missing := missing_compiler(place)):
+        raise FewbitsError(f"--compile true: {missing}. Install it, or use --compile false.")
+    return device
+
+
 def choose_device(wanted: str) -> Choice:
     """The device for "auto", "cpu", "cuda" or "cuda:N". Raises FewbitsError when it is not there."""
     if wanted == "auto":
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and describe("cuda:0").kind == "cuda":
             return Choice("cuda:0", f"a GPU is here: {torch.cuda.get_device_name(0)}")
-        others = [kind for kind in ("mps", "xpu") if getattr(torch, kind, None) and getattr(torch, kind).is_available()]
+        others = [kind for kind in ("mps", "xpu") if getattr(torch, kind).is_available()]
+        others += ["rocm"] if torch.version.hip else []
         besides = f" ({others[0]} is here but not supported in this version)" if others else ""
         return Choice("cpu", f"torch finds no CUDA device{besides}")
-    if wanted.startswith("cuda"):
+    kind, _, number = wanted.partition(":")
+    if kind not in ("cpu", "cuda", "mps", "xpu") or not (number or "0").isdecimal():
+        raise FewbitsError(f"--device {wanted}: it must be auto, cpu, cuda or cuda:N.{nearest(wanted, ['cpu', 'cuda'])}")
+    if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = int(wanted.partition(":")[2] or 0)
+        index = int(number or 0)
         if index >= count:
             have = f"{count} CUDA device{'s' if count != 1 else ''}" if count else "no CUDA device"
             raise FewbitsError(f"--device {wanted}: torch finds {have} here. Use --device cpu or --device auto.")
         return Choice(f"cuda:{index}", "--device was given")
-    return Choice(wanted, "--device was given")
+    return Choice(kind, "--device was given")
 
 
 class _Trials:
@@ -222,8 +235,6 @@ def _choose_compile(config: Config, precision: Precision, device: torch.device, 
     if config.train.compile == "false":
         return Choice(False, "--compile false")
     if config.train.compile == "true":
-        if missing:
-            raise FewbitsError(f"--compile true: {missing}. Install it, or use --compile false.")
         return Choice(True, "--compile true")
     if missing:
         return Choice(False, missing)

@@ -22,8 +22,7 @@ def open_model(
     """Model (in evaluation mode), tokenizer, precision and device for using what was trained. Raises FewbitsError."""
     place = torch.device(choose_device(device).value)
     asked = None if precision in (None, "auto") else Precision.parse(str(precision))
-    if asked is not None:
-        check(asked, describe(place))
+    check(asked or Precision.parse("fp32"), describe(place))
     model, tokenizer = load(Path(run))
     chosen = asked or stored_precision(model)
     if asked is not None:

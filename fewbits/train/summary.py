@@ -104,8 +104,7 @@ def advise(display: Display, summary: Mapping[str, Any], folder: str) -> None:
     """What to do next, in a line or two."""
     if summary["status"] == "diverged":
         kept = summary["checkpoint"]
-        saved = f"the last checkpoint is {kept}" if kept else "nothing was saved"
-        display.fact("diverged", f"{summary['reason']}; {saved}")
+        display.fact("saved", f"the last checkpoint before it is {kept}" if kept else "no checkpoint before it")
         scale = "fp16" in summary["precision"] and "loss_scale" in summary["precision"]
         hint = "give fp16 its loss scale (--loss_scale dynamic), or " if scale else ""
         display.fact("next", f"{hint}lower --lr, lengthen --warmup_steps, or use bf16-mixed or fp32")

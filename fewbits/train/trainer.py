@@ -28,7 +28,7 @@ from fewbits.train.build import Training, build_training, open_data
 from fewbits.train.config import Config
 from fewbits.train.evaluate import evaluate
 from fewbits.train.events import Display, show_summary
-from fewbits.train.execution import choose_execution, determinism
+from fewbits.train.execution import check_device, choose_execution, determinism
 from fewbits.train.generate import sample
 from fewbits.train.memory import MemoryMeter
 from fewbits.train.record import Record, environment, write_atomically
@@ -83,7 +83,7 @@ def _refuse_ranks() -> None:
 
 def _fresh(config: Config, display: Display, stack: ExitStack) -> tuple[Training, Path]:
     """A new training and its directory, which is made last: nothing is left behind by a mistake in the config."""
-    config.check()
+    check_device(config.check())
     if config.train.out_dir:
         check_free(Path(config.train.out_dir))
     else:
