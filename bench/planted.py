@@ -5,8 +5,8 @@
 1. `bf16-true` (no master weights, updates rounded to nearest) with a small learning rate swallows updates: `worse`.
 2. `fp16-mixed` without a loss scale on a model whose gradients are small (the mean over 32,768 targets): `worse` or
    `diverged`; with the dynamic scale it is `same`.
-3. bf16-mixed against itself is never `better` or `worse`: 20 repetitions of the verdict with the noise of seeds, and one
-   real comparison of a variant with itself, whose losses a CPU repeats bit for bit.
+3. bf16-mixed against itself is never `better` or `worse`: 20 repetitions of the verdict with the noise of seeds, and
+   one real comparison of a variant with itself, whose losses a CPU repeats bit for bit.
 
 Everything is small and ends in minutes on two cores. Exits 1 when a plant was not found; writes
 bench/results/planted.json.
@@ -78,7 +78,11 @@ def swallowed_updates(out: Path, seeds: int, device: str) -> dict[str, Any]:
         with_device(SMALL_STEPS, device), ["fp32", "bf16-mixed", "bf16-true"], seeds=seeds, rounds=0, out_dir=out
     )
     found = {name: result.verdict(name) for name in ("bf16-mixed", "bf16-true")}
-    return {"found": found, "as_planted": found["bf16-true"] == "worse" and found["bf16-mixed"] == "same", **rows(result)}
+    return {
+        "found": found,
+        "as_planted": found["bf16-true"] == "worse" and found["bf16-mixed"] == "same",
+        **rows(result),
+    }
 
 
 def small_gradients(out: Path, seeds: int, device: str) -> dict[str, Any]:
@@ -128,7 +132,10 @@ def main() -> int:
     results = {}
     for name in a.only.split(","):
         results[name] = PLANTS[name](folder / name.replace(" ", "-"), a.seeds, a.device)
-        print(f"{name}: {'as planted' if results[name]['as_planted'] else 'NOT FOUND'}: {results[name]['found']}", flush=True)
+        print(
+            f"{name}: {'as planted' if results[name]['as_planted'] else 'NOT FOUND'}: {results[name]['found']}",
+            flush=True,
+        )
     save("planted", {"seeds": a.seeds, "device": a.device, "results": results})
     return 0 if all(result["as_planted"] for result in results.values()) else 1
 

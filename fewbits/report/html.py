@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from fewbits import __version__
 from fewbits.errors import FewbitsError
 from fewbits.precision.precision import Precision
 from fewbits.report.compared import comparison_view, read_comparison
@@ -53,7 +53,7 @@ def _write(target: Path, template: str, view: dict[str, Any]) -> Path:
         lstrip_blocks=True,
     )
     written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    page = pages.get_template(template).render(**view, version=_version(), written=written)
+    page = pages.get_template(template).render(**view, version=__version__, written=written)
     beside = target.with_name(f".{target.name}.tmp")
     try:
         beside.write_text(page, encoding="utf-8", errors="replace")
@@ -62,13 +62,6 @@ def _write(target: Path, template: str, view: dict[str, Any]) -> Path:
         beside.unlink(missing_ok=True)
         raise FewbitsError(f"{target} cannot be written: {error.strerror}. Free space or check permissions.") from error
     return target
-
-
-def _version() -> str:
-    try:
-        return metadata.version("fewbits")
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def run_view(record: RunRecord) -> dict[str, Any]:
