@@ -96,7 +96,8 @@ def choose_device(wanted: str) -> Choice:
         return Choice("cpu", f"torch finds no CUDA device{besides}")
     kind, _, number = wanted.partition(":")
     if kind not in ("cpu", "cuda", "mps", "xpu") or not (number or "0").isdecimal():
-        raise FewbitsError(f"--device {wanted}: it must be auto, cpu, cuda or cuda:N.{nearest(wanted, ['cpu', 'cuda'])}")
+        hint = nearest(wanted, ["cpu", "cuda"])
+        raise FewbitsError(f"--device {wanted}: it must be auto, cpu, cuda or cuda:N.{hint}")
     if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = int(number or 0)
