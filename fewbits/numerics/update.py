@@ -33,19 +33,37 @@ def split_master(exact: Tensor) -> tuple[Tensor, Tensor]:
     inf in the working weight only. Every NaN becomes the quiet NaN with remainder 0: CUDA's own NaN, 0x7FFFFFFF,
     would carry into the sign, and one whose payload lies in the low bits would look like inf.
     """
+    top, low = _halves(exact)
+    return top.to(torch.int16).view(torch.bfloat16), low.to(torch.int16)
+
+
+def split_into(exact: Tensor, working: Tensor, remainder: Tensor) -> None:
+    """`split_master` into existing tensors, bf16 and int16, with two passes less."""
+    top, low = _halves(exact)
+    working.view(torch.int16).copy_(top)
+    remainder.copy_(low)
+
+
+def _halves(exact: Tensor) -> tuple[Tensor, Tensor]:
+    """The bits of working weight and remainder as int32 tensors, each within the range of int16."""
     bits = exact.view(torch.int32)
     top = (bits + 0x8000).bitwise_right_shift_(16)
-    working = top.to(torch.int16)
-    remainder = (bits - top.bitwise_left_shift_(16)).to(torch.int16)
-    if torch.compiler.is_compiling() or exact.device.type != "cpu" or bool(exact.sum().isnan()):
-        nan = exact != exact  # in eager CPU code one sum, which no NaN escapes, saves these three passes
-        working, remainder = working.masked_fill(nan, BF16_QUIET_NAN), remainder.masked_fill(nan, 0)
-    return working.view(torch.bfloat16), remainder
+    low = bits - (top << 16)
+    if _may_hold_nan(exact):
+        nan = exact != exact
+        return top.masked_fill_(nan, BF16_QUIET_NAN), low.masked_fill_(nan, 0)
+    return top, low
+
+
+def _may_hold_nan(exact: Tensor) -> bool:
+    """In eager CPU code one sum, which no NaN escapes, saves the passes that replace NaN; compiled, they are free."""
+    return torch.compiler.is_compiling() or exact.device.type != "cpu" or bool(exact.sum().isnan())
 
 
 def join_master(working: Tensor, remainder: Tensor) -> Tensor:
     """(bf16, int16) -> the fp32 master that `split_master` took apart, bit for bit (NaN stays NaN)."""
-    return ((working.view(torch.int16).to(torch.int32) << 16) + remainder.to(torch.int32)).view(torch.float32)
+    top = working.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
+    return top.add_(remainder).view(torch.float32)
 
 
 def round_away(exact: Tensor, dtype: torch.dtype) -> Tensor:
@@ -56,46 +74,51 @@ def round_away(exact: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == exact.dtype:
         return exact
     if dtype == torch.bfloat16:
-        return split_master(exact)[0]
+        top = (exact.view(torch.int32) + 0x8000).bitwise_right_shift_(16)
+        if _may_hold_nan(exact):
+            top.masked_fill_(exact != exact, BF16_QUIET_NAN)
+        return top.to(torch.int16).view(dtype)
     return round_to(exact, dtype, "nearest-away")
 
 
-def adamw_(weight: Tensor, gradient: Tensor, moments: Sequence[Tensor], scalars: Sequence[Tensor]) -> None:
+def adamw_(weight: Tensor, gradient: Tensor, moments: Sequence[Tensor], scalars: Tensor) -> None:
     """One AdamW update in place, decoupled decay first (Loshchilov & Hutter 2019, in the order torch.optim.AdamW uses).
 
     weight, gradient, moments = (exp_avg, exp_avg_sq): one shape, one dtype, fp32 or fp64; `gradient` is consumed.
-    scalars, 0-d of that dtype: 1 - lr * weight_decay, 0, 1 - beta1, beta2, 1 - beta2, sqrt(1 - beta2^n), eps,
+    scalars, 1-D of that dtype: 1 - lr * weight_decay, 0, 1 - beta1, beta2, 1 - beta2, sqrt(1 - beta2^n), eps,
     lr / (1 - beta1^n), for the n-th update.
     """
-    weight.mul_(scalars[0])
-    _adam_(weight, gradient, moments, scalars)
+    values = scalars.unbind()
+    weight.mul_(values[0])
+    _adam_(weight, gradient, moments, values)
 
 
-def adam_(weight: Tensor, gradient: Tensor, moments: Sequence[Tensor], scalars: Sequence[Tensor]) -> None:
+def adam_(weight: Tensor, gradient: Tensor, moments: Sequence[Tensor], scalars: Tensor) -> None:
     """One Adam update in place, with L2 decay in the gradient (Kingma & Ba 2015).
 
     As `adamw_`, but the first scalar is not used and the second is the weight decay.
     """
-    gradient.add_(weight * scalars[1])
-    _adam_(weight, gradient, moments, scalars)
+    values = scalars.unbind()
+    gradient.add_(weight * values[1])
+    _adam_(weight, gradient, moments, values)
 
 
-def _adam_(weight: Tensor, gradient: Tensor, moments: Sequence[Tensor], scalars: Sequence[Tensor]) -> None:
+def _adam_(weight: Tensor, gradient: Tensor, moments: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     exp_avg, exp_avg_sq = moments
-    _, _, keep1, beta2, keep2, correction2, eps, rate = scalars
+    _, _, keep1, beta2, keep2, correction2, eps, rate = values
     exp_avg.add_((gradient - exp_avg).mul_(keep1))
     exp_avg_sq.mul_(beta2).add_((gradient * keep2).mul_(gradient))
     denominator = exp_avg_sq.sqrt().div_(correction2).add_(eps)
     weight.sub_((exp_avg * rate).div_(denominator))
 
 
-def sgd_(weight: Tensor, gradient: Tensor, moments: Sequence[Tensor], scalars: Sequence[Tensor]) -> None:
+def sgd_(weight: Tensor, gradient: Tensor, moments: Sequence[Tensor], scalars: Tensor) -> None:
     """One step of SGD in place, decay in the gradient, momentum as torch.optim.SGD has it with dampening 0.
 
-    moments = (momentum_buffer,), or () without momentum; scalars, 0-d: lr, weight_decay, momentum. `gradient` is
+    moments = (momentum_buffer,), or () without momentum; scalars, 1-D: lr, weight_decay, momentum. `gradient` is
     consumed.
     """
-    lr, decay, momentum = scalars
+    lr, decay, momentum = scalars.unbind()
     gradient.add_(weight * decay)
     for buffer in moments:
         gradient = buffer.mul_(momentum).add_(gradient)

@@ -20,8 +20,10 @@ from fewbits.errors import FewbitsError
 from fewbits.numerics.update import wide_dtype
 from fewbits.optim import master
 
-Rule = Callable[[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]], None]
+Rule = Callable[[Tensor, Tensor, Sequence[Tensor], Tensor], None]
+"""rule(weight, gradient, moments, scalars): updates in place; see numerics/update.py."""
 
+ALIGN = 64  # elements; flat tensors have a multiple of it: vectorized code then leaves no tail that rounds otherwise
 SMALL = 32768  # elements; smaller tensors are updated together: most of a model's tensors hold few of its numbers
 PIECE = 65536  # elements; five fp32 pieces of this size and their temporaries stay in a CPU's second-level cache
 
@@ -71,30 +73,23 @@ def update_flat(
     scalars: Tensor,
 ) -> None:
     """One update, in place, of tensors of one shape (see Item, Settings). Where `applied` is false every bit stays."""
-    gradient = gradient.to(wide_dtype(working.dtype)) * factor
+    wide = wide_dtype(working.dtype)
+    gradient = gradient * factor if gradient.dtype == wide else gradient.to(wide).mul_(factor)
     if clip_value is not None:
         gradient = torch.minimum(torch.maximum(gradient, -clip_value), clip_value)
     exact = master.read(kind, working, kept)
     if applied is None:
-        rule(exact, gradient, moments, scalars.unbind())
-        _store(kind, exact, working, kept)
+        rule(exact, gradient, moments, scalars)
+        master.store(kind, exact, working, kept)
         return
     new_exact, new_moments = exact.clone(), [moment.clone() for moment in moments]
-    rule(new_exact, gradient, new_moments, scalars.unbind())
+    rule(new_exact, gradient, new_moments, scalars)
     for moment, new in zip(moments, new_moments, strict=True):
         moment.copy_(torch.where(applied, new, moment))
     new_working, new_kept = master.rounded(kind, new_exact, working.dtype)
     working.copy_(torch.where(applied, new_working, working))
     if kept is not None and new_kept is not None:
         kept.copy_(torch.where(applied, new_kept, kept))
-
-
-def _store(kind: str, exact: Tensor, working: Tensor, kept: Tensor | None) -> None:
-    new_working, new_kept = master.rounded(kind, exact, working.dtype)
-    if new_working is not working:
-        working.copy_(new_working)
-    if kept is not None and new_kept is not None and new_kept is not kept:
-        kept.copy_(new_kept)
 
 
 @functools.cache
@@ -118,9 +113,7 @@ def choose_execution(compile: bool | str, device: torch.device) -> Choice:
     if compile != "auto":
         raise FewbitsError(f"compile={compile!r} does not fit; use 'auto', True or False.")
     if device.type != "cuda":
-        return Choice(
-            "eager", f"on a {device.type} the eager update runs in cache-sized pieces, and compiling takes seconds"
-        )
+        return Choice("eager", f"on a {device.type} the update runs in cache-sized pieces, and compiling takes seconds")
     if importlib.util.find_spec("triton") is None:
         return Choice("eager", "Triton is not installed, and torch.compile needs it on CUDA")
     return Choice("compiled", "one pass over memory instead of one per operation")
@@ -134,27 +127,33 @@ def is_compiler_failure(error: Exception) -> bool:
 
 def run(items: Sequence[Item], settings: Settings, compiled: bool) -> None:
     """Updates `items`, which share device, dtypes and settings, in place."""
-    small = [item for item in items if item.working.numel() < SMALL or not item.working.is_contiguous()]
+    together = []
     for item in items:
-        if item.working.numel() >= SMALL and item.working.is_contiguous():
+        size = item.working.numel()
+        if size >= SMALL and size % ALIGN == 0 and item.working.is_contiguous():
             _run_flat(item, settings, compiled)
-    small = [item for item in small if item.working.numel()]
-    if small:
-        _run_together(small, settings, compiled)
+        elif size:
+            together.append(item)
+    if together:
+        _run_together(together, settings, compiled)
 
 
 def _run_together(items: Sequence[Item], settings: Settings, compiled: bool) -> None:
-    """Copies the items into one flat item, updates it and copies back: a few calls instead of some for each."""
-    columns = [item.stored() for item in items]
-    flat = [torch.cat([tensor.reshape(-1) for tensor in column]) for column in zip(*columns, strict=True)]
-    gradient = torch.cat([item.gradient.reshape(-1) for item in items])
+    """Copies the items into one flat item, padded with zeros, updates that and copies back: few calls, not many."""
+    columns = list(zip(*(item.stored() for item in items), strict=True))
+    sizes = [item.working.numel() for item in items]
+    padding = -sum(sizes) % ALIGN
+
+    def flatten(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([*(tensor.reshape(-1) for tensor in tensors), tensors[0].new_zeros(padding)])
+
+    flat, gradient = [flatten(column) for column in columns], flatten([item.gradient for item in items])
     has_master = items[0].master is not None
     together = Item(flat[0], gradient, flat[1] if has_master else None, tuple(flat[1 + has_master :]))
     _run_flat(together, settings, compiled)
-    sizes = [item.working.numel() for item in items]
-    for whole, column in zip(flat, zip(*columns, strict=True), strict=True):
-        parts = [part.view(tensor.shape) for part, tensor in zip(torch.split(whole, sizes), column, strict=True)]
-        torch._foreach_copy_(list(column), parts)
+    for whole, column in zip(flat, columns, strict=True):
+        parts = torch.split(whole, [*sizes, padding])[:-1]
+        torch._foreach_copy_(list(column), [part.view_as(tensor) for part, tensor in zip(parts, column, strict=True)])
 
 
 def _run_flat(item: Item, settings: Settings, compiled: bool) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import FewbitsError, nearest
-from fewbits.numerics.update import join_master, round_away, split_master, wide_dtype
+from fewbits.numerics.update import join_master, round_away, split_into, split_master, wide_dtype
 from fewbits.optim import sharding
 
 MASTER_KINDS = ("auto", "fp32", "split", "none")
@@ -89,6 +89,17 @@ def rounded(kind: str, exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
     if kind == "split":
         return split_master(exact)
     return round_away(exact, dtype), exact if kind == "fp32" else None
+
+
+def store(kind: str, exact: Tensor, working: Tensor, kept: Tensor | None) -> None:
+    """Writes an exact weight into `working` and what is kept beside it; either may be `exact` itself."""
+    if kind == "split" and kept is not None:
+        split_into(exact, working, kept)
+        return
+    if kept is not None and kept is not exact:
+        kept.copy_(exact)
+    if working is not exact:
+        working.copy_(round_away(exact, working.dtype))
 
 
 def from_remainder(kind: str, working: Tensor, remainder: Tensor) -> Tensor | None:

@@ -94,7 +94,7 @@ def test_adamw_first_update_is_lr_times_sign_after_decay():
     moments = [torch.zeros(2), torch.zeros(2)]
     lr, decay, beta1, beta2 = 0.125, 0.5, 0.875, 0.75
     values = [1 - lr * decay, 0.0, 1 - beta1, beta2, 1 - beta2, (1 - beta2) ** 0.5, 1e-12, lr / (1 - beta1)]
-    adamw_(weight, gradient, moments, torch.tensor(values).unbind())
+    adamw_(weight, gradient, moments, torch.tensor(values))
     assert torch.equal(weight, torch.tensor([1.0 * 0.9375 - 0.125, -2.0 * 0.9375 + 0.125]))
     assert torch.equal(moments[0], torch.tensor([0.0625, -0.03125]))
 
@@ -102,5 +102,5 @@ def test_adamw_first_update_is_lr_times_sign_after_decay():
 def test_sgd_carries_momentum():
     weight, buffer = torch.tensor([1.0]), torch.zeros(1)
     for expected in (0.5, -0.25):  # buffer 1 then 1.5: 1 - 0.5, then 0.5 - 0.75
-        sgd_(weight, torch.tensor([1.0]), [buffer], torch.tensor([0.5, 0.0, 0.5]).unbind())
+        sgd_(weight, torch.tensor([1.0]), [buffer], torch.tensor([0.5, 0.0, 0.5]))
         assert weight.item() == expected

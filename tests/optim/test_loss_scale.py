@@ -16,7 +16,9 @@ from fewbits.optim.loss_scale import DynamicScale, LossScale, NoScale, StaticSca
 YES, NO = torch.tensor(True), torch.tensor(False)
 
 
-def plain_model(finite: list[bool], initial: float, interval: int, floor: float, ceiling: float, hysteresis: int) -> list[float]:
+def plain_model(
+    finite: list[bool], initial: float, interval: int, floor: float, ceiling: float, hysteresis: int
+) -> list[float]:
     """The scale after every step, written out with Python numbers."""
     value, good, overflows, values = initial, 0, 0, []
     for ok in finite:
@@ -109,7 +111,9 @@ def test_init_moves_the_buffers_and_keeps_their_values():
     assert scale.value.device.type == "meta" and scale.can_cure().device.type == "meta"
 
 
-@pytest.mark.parametrize("text", ["none", "static:1024", "static:0.25", "dynamic", "dynamic:initial=1024,interval=100,hysteresis=2"])
+@pytest.mark.parametrize(
+    "text", ["none", "static:1024", "static:0.25", "dynamic", "dynamic:initial=1024,interval=100,hysteresis=2"]
+)
 def test_text_gives_the_scale_and_the_scale_its_text(text: str):
     assert str(parse(text)) == text
 

@@ -37,8 +37,15 @@ def random_step(generator: torch.Generator, parameters: list[nn.Parameter], dtyp
     if not applied:
         worst = [float("inf"), float("nan"), -float("inf")][int(torch.randint(3, (), generator=generator))]
         gradients[parameters[0]].view(-1)[5] = worst
-    factor = torch.rand((), generator=generator) if torch.rand((), generator=generator) > 0.5 else torch.tensor(1 / scale)
-    return {"gradients": gradients, "applied": applied, "factor": factor, "lr_factor": torch.rand((), generator=generator)}
+    factor = (
+        torch.rand((), generator=generator) if torch.rand((), generator=generator) > 0.5 else torch.tensor(1 / scale)
+    )
+    return {
+        "gradients": gradients,
+        "applied": applied,
+        "factor": factor,
+        "lr_factor": torch.rand((), generator=generator),
+    }
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -63,7 +70,10 @@ def test_split_and_fp32_master_agree_bit_for_bit_over_1000_steps_with_overflows(
             assert exact.isfinite().all()
             assert torch.equal(parameter, round_away(exact, torch.bfloat16))
             for moment in optimizer.moment_names:
-                assert not optimizer.state[parameter] or optimizer.state[parameter].get(moment, exact).dtype == torch.float32
+                assert (
+                    not optimizer.state[parameter]
+                    or optimizer.state[parameter].get(moment, exact).dtype == torch.float32
+                )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -106,7 +116,9 @@ def test_weight_decay_is_swallowed_without_master_and_kept_with_one():
 def test_true_kind_rounds_the_fp32_result_with_ties_away():
     weight = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
     optimizer = SGD([weight], lr=1.0, momentum=0.0, master="none")
-    weight.grad = torch.tensor([-(2.0**-8), 2.0**-9], dtype=torch.bfloat16)  # both ties: up to 1 + 2^-7, and back up to 1
+    weight.grad = torch.tensor(
+        [-(2.0**-8), 2.0**-9], dtype=torch.bfloat16
+    )  # both ties: up to 1 + 2^-7, and back up to 1
     optimizer.step()
     assert weight.tolist() == [1 + 2.0**-7, 1.0]
 
