@@ -36,6 +36,8 @@ def run_block(config: Config, seconds: float, least_steps: int = 4) -> dict[str,
     training = build_training(config, choices, data)
     meter = MemoryMeter(training.model, training.optimizer, training.device, config.train.micro_batches)
     warmup = warm_up(training, meter)
+    if training.device.type == "cuda":  # compiling and picking kernels take memory that training does not
+        torch.cuda.reset_peak_memory_stats(training.device)
     timing = time.monotonic()
     pieces, steps, applied = time_steps(training, seconds, least_steps)
     ms = 1000.0 * median(pieces)
