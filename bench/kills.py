@@ -193,7 +193,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "kills.json")
     options = parser.parse_args()
-    randomness, trials, missed = random.Random(options.seed), [], 0
+    randomness, missed = random.Random(options.seed), 0
+    trials: list[dict[str, object]] = []
+    report: dict[str, object] = summary(trials, missed)
     with tempfile.TemporaryDirectory() as folder:
         place = Place(Path(folder))
         while len(trials) < options.kills:
@@ -205,13 +207,21 @@ def main() -> int:
                 continue
             trials.append(result)
             print(f"{len(trials):3d}  {result}", flush=True)
-    equal = sum(bool(result["equal"]) for result in trials)
-    report = {
+            report = summary(trials, missed)
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(report, indent=1) + "\n")  # as they come: what was shown stays shown
+    print(f"{report['equal']} of {len(trials)} equal, {report['inside_a_save']} inside a save -> {options.out}")
+    return 0 if report["equal"] == len(trials) else 1
+
+
+def summary(trials: list[dict[str, object]], missed: int) -> dict[str, object]:
+    """What is written to bench/results."""
+    return {
         "schema": "fewbits.bench/1",
         "claim": "a killed training resumes to the bits of the uninterrupted run, weights and optimizer state",
         "kills": len(trials),
         "inside_a_save": sum(bool(result["inside_a_save"]) for result in trials),
-        "equal": equal,
+        "equal": sum(bool(result["equal"]) for result in trials),
         "kills_that_missed": missed,
         "steps": STEPS,
         "save_every": SAVE_EVERY,
@@ -219,10 +229,6 @@ def main() -> int:
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "trials": trials,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{equal} of {len(trials)} equal, {report['inside_a_save']} killed inside a save -> {options.out}")
-    return 0 if equal == len(trials) else 1
 
 
 def _cpu() -> str:
