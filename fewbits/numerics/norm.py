@@ -65,6 +65,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 
     Shapes: x [..., D], weight [D], bias [D] or None; the result is like x.
     """
+    if torch.compiler.is_compiling():
+        wide_bias = None if bias is None else widen(bias)
+        return torch.nn.functional.layer_norm(widen(x), [x.shape[-1]], widen(weight), wide_bias, eps).to(x.dtype)
     return _LayerNorm.apply(x, weight, bias, eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -73,4 +76,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Shapes: x [..., D], weight [D]; the result is like x.
     """
+    if torch.compiler.is_compiling():
+        wide = widen(x)
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * widen(weight)).to(x.dtype)
     return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]

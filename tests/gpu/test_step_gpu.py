@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -93,18 +94,24 @@ def test_a_step_never_waits_for_the_device(precision, compiled):
     assert int(step.optimizer.applied_steps) + int(step.skipped) == 8
 
 
+# Relative error of a whole gradient tensor between two orders of the same roundings: the unit of the format (fp32 and fp64
+# sums over 512 rows stay far below theirs) times a dozen roundings on the way back.
+BOUND = {"fp32": 1e-4, "tf32": 2e-2, "fp64": 1e-10, "fp16-mixed": 2e-2, "bf16-mixed": 1e-1, "fp16-true": 2e-2, "bf16-true": 1e-1}
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("config", [GPT, LLAMA], ids=["gpt", "llama"])
-def test_compiled_and_eager_learn_the_same(precision, config):
-    import dataclasses
-
+def test_compiled_gradients_are_the_eager_ones(precision, config):
     config = dataclasses.replace(config, dropout=0.0)
-    curves = []
+    gradients = []
     for compiled in (False, True):
-        _, step = build(precision, config, compiled=compiled)
-        curves.append([float(step([batch(0)]).loss) for _ in range(12)])
-    assert curves[0][-1] < curves[0][0] - 1
-    assert curves[1][-1] == pytest.approx(curves[0][-1], rel=0.05)
+        model, _ = build(precision, config, compiled=compiled)
+        (model.loss_sum(batch(0)) / 512).backward()
+        gradients.append({name: p.grad.double() for name, p in model.named_parameters()})
+    for name, eager in gradients[0].items():
+        error = float((gradients[1][name] - eager).norm() / eager.norm())
+        # the key bias has no gradient but rounding: softmax does not see a shift of all scores
+        assert error < BOUND[precision] or (name.endswith("qkv.bias") and error < 3 * BOUND[precision]), (name, error)
 
 
 @pytest.mark.parametrize("master", ["fp32", "split"])
