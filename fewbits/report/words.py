@@ -56,11 +56,11 @@ def percent(fraction: float | None, signed: bool = False) -> str:
     """A fraction in per cent, two or three digits.
 
     >>> percent(0.0123, signed=True), percent(0.4), percent(-0.00002, signed=True), percent(-0.0)
-    ('+1.23 %', '40.00 %', '-0.0020 %', '0 %')
+    ('+1.23 %', '40.00 %', '-0.002 %', '0 %')
     """
     if fraction is None or not math.isfinite(fraction):
         return "-"
-    digits = 2 if abs(fraction) >= 0.001 else 4  # below a tenth of a per cent two digits would all read 0.00
+    digits = 3 if signed and abs(fraction) < 0.01 else 2  # differences of precisions are often below 0.01 %
     shown = f"{100 * fraction:{'+' if signed else ''}.{digits}f}"
     return "0 %" if float(shown) == 0 else f"{shown} %"
 
