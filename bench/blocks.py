@@ -24,7 +24,9 @@ def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     with open("/proc/cpuinfo") as lines:
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        model = next(
+            (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+        )
     return f"{model}, {len(os.sched_getaffinity(0))} cores"
 
 
@@ -70,7 +72,8 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
     medians = [statistics.median(block["ms"]) for block in good]
     rest = {key: value for key, value in good[-1].items() if key != "ms"}
     middle = statistics.median(medians)
-    return {"ms": round(middle, 3), "blocks": [round(m, 3) for m in medians], "spread": round((max(medians) - min(medians)) / middle, 4), **rest}  # fmt: skip
+    spread = (max(medians) - min(medians)) / middle
+    return {"ms": round(middle, 3), "blocks": [round(m, 3) for m in medians], "spread": round(spread, 4), **rest}
 
 
 def timed(step: Callable[[], Any], warmup: int, steps: int) -> list[float]:

@@ -50,9 +50,17 @@ def trainer(dtype: str, o: dict[str, int]) -> dict[str, Any]:
 
     model = GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=o["V"], n_positions=o["T"], n_embd=o["D"], n_layer=o["L"], n_head=o["H"],
-            resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, attn_implementation="sdpa", use_cache=False,
-        )  # fmt: skip
+            vocab_size=o["V"],
+            n_positions=o["T"],
+            n_embd=o["D"],
+            n_layer=o["L"],
+            n_head=o["H"],
+            resid_pdrop=0,
+            embd_pdrop=0,
+            attn_pdrop=0,
+            attn_implementation="sdpa",
+            use_cache=False,
+        )
     )
     cuda = torch.cuda.is_available()
     rows = torch.randint(o["V"], (o["B"] * (o["warmup"] + o["steps"] + 2), o["T"]))
@@ -69,7 +77,8 @@ def trainer(dtype: str, o: dict[str, int]) -> dict[str, Any]:
 
     arguments = TrainingArguments(
         output_dir=os.path.join("/tmp", "peer"), per_device_train_batch_size=o["B"], max_steps=o["warmup"] + o["steps"],
-        bf16=dtype == "bf16", fp16=dtype == "fp16", tf32=cuda and dtype != "fp32" or None, torch_compile=bool(o.get("compile")),
+        bf16=dtype == "bf16", fp16=dtype == "fp16", tf32=(cuda and dtype != "fp32") or None,
+        torch_compile=bool(o.get("compile")),
         optim="adamw_torch_fused", max_grad_norm=1.0, report_to=[], save_strategy="no", logging_strategy="no",
         disable_tqdm=True, use_cpu=not cuda,
     )  # fmt: skip
@@ -97,7 +106,10 @@ def table(results: dict[str, Any], tokens: int, first: str) -> None:
     for name, row in results.items():
         if "ms" in row:
             rate = tokens / row["ms"] * 1e3
-            print(f"{name:34s} {row['ms']:9.2f} ms  {rate:12,.0f} tokens/s  x{(base or row['ms']) / row['ms']:.3f}  spread {row['spread']:.1%}")
+            print(
+                f"{name:34s} {row['ms']:9.2f} ms  {rate:12,.0f} tokens/s  "
+                f"x{(base or row['ms']) / row['ms']:.3f}  spread {row['spread']:.1%}"
+            )
         else:
             print(f"{name:34s} {row['error'].strip().splitlines()[-1] if row['error'].strip() else 'failed'}")
 

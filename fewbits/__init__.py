@@ -29,10 +29,30 @@ _HOME = {
     "Step": "fewbits.step",
     "StepResult": "fewbits.step",
     "load": "fewbits.checkpoint.hf",
-    "train": "fewbits.train.trainer",
     "compare": "fewbits.lab.compare",
 }
-__all__ = [*_HOME, "__version__"]
+__all__ = [
+    "Adam",
+    "AdamW",
+    "Choice",
+    "DynamicScale",
+    "FewbitsError",
+    "Format",
+    "ModelConfig",
+    "NoScale",
+    "Precision",
+    "SGD",
+    "Schedule",
+    "StaticScale",
+    "Step",
+    "StepResult",
+    "Transformer",
+    "__version__",
+    "cast",
+    "compare",
+    "load",
+    "prepare",
+]
 
 if TYPE_CHECKING:
     from fewbits.checkpoint.hf import load
@@ -49,7 +69,6 @@ if TYPE_CHECKING:
     from fewbits.optim.sgd import SGD
     from fewbits.precision.precision import Precision
     from fewbits.step import Step, StepResult
-    from fewbits.train.trainer import train
 
 
 def __getattr__(name: str) -> Any:

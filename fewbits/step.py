@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
 from fewbits.nn.emulate import emulation, needed
+from fewbits.nn.transformer import Transformer
 from fewbits.numerics.loss import IGNORE, gradient_factor
 from fewbits.numerics.norm import widen
 from fewbits.numerics.random import keyed_random
@@ -44,8 +45,8 @@ class StepResult(NamedTuple):
 
 def causal_loss(model: nn.Module, micro_batch: MicroBatch) -> Tensor:
     """Sum of the cross entropies over labels that are not -100, in fp32 or wider; labels are aligned with the outputs."""
-    if hasattr(model, "loss_sum"):
-        return model.loss_sum(micro_batch)  # type: ignore[no-any-return]
+    if isinstance(model, Transformer):
+        return model.loss_sum(micro_batch)
     output = model(**{key: value for key, value in micro_batch.items() if key != "labels"})
     logits = widen(getattr(output, "logits", output))
     labels = micro_batch["labels"].flatten()
@@ -95,7 +96,9 @@ class Step:
         self.model, self.optimizer, self.loss, self.seed = model, optimizer, loss or causal_loss, seed
         self.parameters = check(model, optimizer, self.precision)
         if clip is not None and not 0 <= clip < float("inf"):
-            raise FewbitsError(f"clip={clip} does not fit; give the largest allowed norm or value, or None to clip nothing.")
+            raise FewbitsError(
+                f"clip={clip} does not fit; give the largest allowed norm or value, or None to clip nothing."
+            )
         self.clip, self.clip_kind = clip or None, check_kind(clip_kind)
         settle_master(optimizer, self.precision)
         self.device = self.parameters[0].device
@@ -213,9 +216,13 @@ def settle_master(optimizer: Optimizer, precision: Precision) -> None:
         optimizer.resolve_master(wanted)
     elif precision.working.bits == 16 and exact != (optimizer.master != "none"):
         other = "a mixed precision, which keeps exact weights" if not exact else "master='auto', or a true precision"
-        raise FewbitsError(f"{precision} keeps master={wanted!r} and the optimizer was made with {optimizer.master!r}; use {other}.")
+        raise FewbitsError(
+            f"{precision} keeps master={wanted!r} and the optimizer was made with {optimizer.master!r}; use {other}."
+        )
     elif precision.master not in ("auto", optimizer.master):
-        raise FewbitsError(f"{precision} asks for master={precision.master!r} and the optimizer was made with {optimizer.master!r}.")
+        raise FewbitsError(
+            f"{precision} asks for master={precision.master!r} and the optimizer was made with {optimizer.master!r}."
+        )
 
 
 def check(model: nn.Module, optimizer: Optimizer, precision: Precision) -> list[nn.Parameter]:
@@ -227,9 +234,13 @@ def check(model: nn.Module, optimizer: Optimizer, precision: Precision) -> list[
         )
     prepared = getattr(model, "fewbits_precision", None)
     if prepared is None and precision.name not in ("fp32", "tf32"):
-        raise FewbitsError(f"the model is not prepared; call fewbits.prepare(model, '{precision}') before the optimizer is made.")
+        raise FewbitsError(
+            f"the model is not prepared; call fewbits.prepare(model, '{precision}') before the optimizer is made."
+        )
     if prepared is not None and prepared.working != precision.working:
-        raise FewbitsError(f"the model is prepared as {prepared} and Step was given {precision}; use one of them for both.")
+        raise FewbitsError(
+            f"the model is prepared as {prepared} and Step was given {precision}; use one of them for both."
+        )
     mine = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not mine:
         raise FewbitsError("the model has no trainable parameter; set requires_grad on what should learn.")

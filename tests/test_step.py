@@ -97,7 +97,7 @@ def test_loss_and_gradients_do_not_change_when_documents_are_packed():
 
 
 def test_a_step_without_any_target_changes_nothing_but_decay():
-    model, _, step, _ = trained("fp32", 1)
+    _model, _, step, _ = trained("fp32", 1)
     nothing = batch()
     nothing["labels"].fill_(-100)
     result = step([nothing])
@@ -108,7 +108,9 @@ def test_a_step_without_any_target_changes_nothing_but_decay():
 @pytest.mark.parametrize("pieces", [1, 4])
 def test_a_scaled_step_is_the_unscaled_one_while_values_stay_normal(precision, pieces):
     # Gradients of this model lie far inside the normal range of formats with 8 and more exponent bits.
-    (a, _, _, ra), (b, _, _, rb) = (trained(precision, 3, pieces, loss_scale=s) for s in (NoScale(), StaticScale(2.0**6)))
+    (a, _, _, ra), (b, _, _, rb) = (
+        trained(precision, 3, pieces, loss_scale=s) for s in (NoScale(), StaticScale(2.0**6))
+    )
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
     assert [float(r.grad_norm) for r in ra] == [float(r.grad_norm) for r in rb]
 
@@ -188,7 +190,7 @@ def test_the_scale_moves_only_after_it_has_unscaled():
 
 
 def test_a_non_finite_loss_latches_until_the_host_has_looked():
-    model, optimizer, step, _ = trained("bf16-mixed", 2)
+    model, _optimizer, step, _ = trained("bf16-mixed", 2)
     sound = model.norm.weight.data.clone()
     model.norm.weight.data.fill_(float("nan"))
     assert not bool(step([batch()]).applied) and bool(step.latched)
@@ -267,7 +269,9 @@ def test_neighbouring_keys_draw_different_numbers():
 @pytest.mark.parametrize("precision", ["bf16-mixed", "fp16-mixed"])
 def test_a_transformers_model_trains_unchanged(precision):
     transformers = pytest.importorskip("transformers")
-    shape = dict(vocab_size=61, n_positions=32, n_embd=32, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    shape = dict(
+        vocab_size=61, n_positions=32, n_embd=32, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape))
     model = fewbits.prepare(model, precision)
     step = Step(model, AdamW(model.parameters(), lr=3e-3), precision)

@@ -12,7 +12,7 @@ _choices: dict[tuple[str, str], Choice] = {}
 
 
 def matmul_execution(format: Format, device: torch.device) -> Choice:
-    """"native" where the device multiplies `format` itself at a useful speed, else "emulated" (rounded, fp32 products).
+    """Native where the device multiplies `format` itself at a useful speed, else emulated (rounded, fp32 products).
 
     The first answer for a format and kind of device stands for the life of the process: what runs must not change in
     the middle of a training.
@@ -24,10 +24,12 @@ def matmul_execution(format: Format, device: torch.device) -> Choice:
     return _choices[key]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def emulated(format_name: str, device_type: str) -> bool:
-    """Whether matmuls of the named format are emulated there. A constant to the compiler, which cannot time anything."""
-    return bool(matmul_execution(Format.parse(format_name), torch.device(device_type)).value == "emulated")
+    """Whether matmuls of the named format are emulated there. Ask once before compiling: a compiler cannot time anything."""
+    key = (format_name, device_type)
+    if key not in _choices:
+        matmul_execution(Format.parse(format_name), torch.device(device_type))
+    return bool(_choices[key].value == "emulated")
 
 
 def recorded() -> dict[str, list[str]]:

@@ -36,11 +36,13 @@ _WIDENED: dict[Any, tuple[int, ...]] = {
 _HALF = tuple(FORMAT_OF)
 
 
-class _Emulation(TorchDispatchMode):
+class _Emulation(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         rounded = _WIDENED.get(func)
-        dtype = next((a.dtype for a in args if isinstance(a, Tensor) and a.dtype in _HALF and a.device.type == "cpu"), None)
+        dtype = next(
+            (a.dtype for a in args if isinstance(a, Tensor) and a.dtype in _HALF and a.device.type == "cpu"), None
+        )
         if rounded is None or dtype is None:
             return func(*args, **kwargs)
 
@@ -59,7 +61,7 @@ def emulation(active: bool) -> Iterator[None]:
     if not active:
         yield
         return
-    with _Emulation():
+    with _Emulation():  # type: ignore[no-untyped-call]
         yield
 
 

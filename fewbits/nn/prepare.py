@@ -21,6 +21,7 @@ from fewbits.nn.embedding import Embedding
 from fewbits.nn.emulate import emulation, needed
 from fewbits.nn.linear import Linear
 from fewbits.nn.norm import LayerNorm, RMSNorm
+from fewbits.nn.transformer import Transformer
 from fewbits.numerics.rounding import round_to
 from fewbits.precision.precision import Precision
 
@@ -92,7 +93,7 @@ def prepare(model: nn.Module, precision: str | Precision, keep: Iterable[str] = 
             _cast_around(module, format, precision.working)
         if isinstance(module, Linear):
             module.tf32 = precision.operand.name == "tf32" and not kept
-    if hasattr(model, "tf32"):
+    if isinstance(model, Transformer):
         model.tf32 = precision.operand.name == "tf32"
     model.register_forward_pre_hook(_cast_inputs(precision.working), with_kwargs=True)
     if report.foreign and precision.working.bits == 16:
@@ -117,7 +118,9 @@ def _exceptions(model: nn.Module, keep: Iterable[str], precision: Precision) -> 
             raise FewbitsError(f"keep {text!r} matches no module of the model.{hint}")
         found.update({name: (format, f"named by keep {text!r}") for name in matched})
     if found and precision.working.bits >= 32:
-        raise FewbitsError(f"{precision} keeps every parameter in {precision.working}; keep= has nothing to except there.")
+        raise FewbitsError(
+            f"{precision} keeps every parameter in {precision.working}; keep= has nothing to except there."
+        )
     return found
 
 

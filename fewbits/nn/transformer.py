@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
+from fewbits.kernels.dispatch import emulated
 from fewbits.nn.attention import Attention, document_mask, rotary_table
 from fewbits.nn.embedding import Embedding
 from fewbits.nn.head import Pieces, compiled_pieces, loss_sum
-from fewbits.nn.linear import Linear, linear
+from fewbits.nn.linear import FORMAT_OF, Linear, linear
 from fewbits.nn.norm import LayerNorm, RMSNorm
 
 # Beyond these a size is a typing error, not a model (the largest public models stay a factor of 10 below).
@@ -84,7 +85,9 @@ class ModelConfig:
                 raise FewbitsError(f"model.{name} is {value}; it must lie between {least} and {most}.")
         for name in ("n_kv_head", "n_ff"):
             if getattr(self, name) < 0:
-                raise FewbitsError(f"model.{name} is {getattr(self, name)}; give a positive number, or 0 for the default.")
+                raise FewbitsError(
+                    f"model.{name} is {getattr(self, name)}; give a positive number, or 0 for the default."
+                )
         if self.n_embd % self.n_head:
             heads = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
             near = sorted(sorted(heads, key=lambda h: abs(h - self.n_head))[:3])
@@ -93,9 +96,13 @@ class ModelConfig:
                 f"Choose a number of heads such as {', '.join(map(str, near))}."
             )
         if self.n_head % self.kv_heads:
-            raise FewbitsError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}. Choose a divisor of it.")
+            raise FewbitsError(
+                f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}. Choose a divisor of it."
+            )
         if self.positions == "rope" and self.head_dim % 2:
-            raise FewbitsError(f"rope needs an even head width; {self.n_embd} / {self.n_head} = {self.head_dim} is odd.")
+            raise FewbitsError(
+                f"rope needs an even head width; {self.n_embd} / {self.n_head} = {self.head_dim} is odd."
+            )
         for name, low, high in (("dropout", 0.0, 0.99), ("norm_eps", 0.0, 1.0), ("rope_theta", 1.0, 1e12)):
             value = getattr(self, name)
             if not low <= value <= high:
@@ -206,7 +213,11 @@ class Transformer(nn.Module):
         self.head = None if config.tied else Linear(config.n_embd, config.vocab_size, bias=False)
         self.rotary_cos: Tensor | None
         self.rotary_sin: Tensor | None
-        cos, sin = rotary_table(config.context, config.head_dim, config.rope_theta) if config.positions == "rope" else (None, None)
+        cos, sin = (
+            rotary_table(config.context, config.head_dim, config.rope_theta)
+            if config.positions == "rope"
+            else (None, None)
+        )
         self.register_buffer("rotary_cos", cos, persistent=False)
         self.register_buffer("rotary_sin", sin, persistent=False)
         self._run_train: Callable[..., Tensor] = _train_block
@@ -233,6 +244,8 @@ class Transformer(nn.Module):
 
     def compile_blocks(self, evaluation: bool = False) -> None:
         """Compiles the block for training and the softmax of the loss head; evaluation gets a callable of its own."""
+        for weight in {p.dtype: p for p in self.parameters() if p.dtype in FORMAT_OF}.values():
+            emulated(FORMAT_OF[weight.dtype], weight.device.type)
         self._run_train = torch.compile(_train_block, dynamic=False)
         self._pieces = compiled_pieces()
         if evaluation:
@@ -245,8 +258,8 @@ class Transformer(nn.Module):
             documents: int [B, T]; tokens of different documents do not see each other.
             positions: int64 [B, T]; default 0 .. T-1.
         """
-        B, T = input_ids.shape
-        if T > self.config.context:
+        _B, T = input_ids.shape
+        if self.config.context < T:
             raise FewbitsError(f"{T} tokens exceed the context of {self.config.context}; shorten the input.")
         x = self.embed(input_ids)
         if self.positions is not None:
@@ -278,4 +291,3 @@ class Transformer(nn.Module):
         hidden = self.hidden(micro_batch["input_ids"], micro_batch.get("documents"), micro_batch.get("positions"))
         pieces = self._pieces if self.training else None
         return loss_sum(hidden, self.head_weight, micro_batch["labels"], self.tf32, pieces)
-

@@ -38,7 +38,7 @@ def onednn_bf16(active: bool) -> Iterator[None]:
     if not active:
         yield
         return
-    switch = torch.backends.mkldnn.matmul
+    switch = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = switch.fp32_precision
     switch.fp32_precision = "bf16"
     try:

@@ -31,7 +31,14 @@ class _LayerNorm(torch.autograd.Function):
         x, weight, mean, rstd = ctx.saved_tensors
         wide, wide_weight = widen(grad), widen(weight)
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-            wide, widen(x), [x.shape[-1]], mean, rstd, wide_weight, wide_weight, [True, True, ctx.bias_dtype is not None]
+            wide,
+            widen(x),
+            [x.shape[-1]],
+            mean,
+            rstd,
+            wide_weight,
+            wide_weight,
+            [True, True, ctx.bias_dtype is not None],
         )
         return (
             grad_x.to(x.dtype),

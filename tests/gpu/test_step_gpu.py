@@ -96,7 +96,15 @@ def test_a_step_never_waits_for_the_device(precision, compiled):
 
 # Relative error of a whole gradient tensor between two orders of the same roundings: the unit of the format (fp32 and fp64
 # sums over 512 rows stay far below theirs) times a dozen roundings on the way back.
-BOUND = {"fp32": 1e-4, "tf32": 2e-2, "fp64": 1e-10, "fp16-mixed": 2e-2, "bf16-mixed": 1e-1, "fp16-true": 2e-2, "bf16-true": 1e-1}
+BOUND = {
+    "fp32": 1e-4,
+    "tf32": 2e-2,
+    "fp64": 1e-10,
+    "fp16-mixed": 2e-2,
+    "bf16-mixed": 1e-1,
+    "fp16-true": 2e-2,
+    "bf16-true": 1e-1,
+}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -147,7 +155,11 @@ def test_weight_gradients_over_32k_rows_equal_fp64_up_to_one_rounding(kind, dtyp
     module = (kind(64, 64) if kind in (Linear, Embedding) else kind(64)).cuda().to(dtype)
     x = torch.randint(64, (32768,)).cuda() if kind is Embedding else (torch.randn(32768, 64) + 0.5).cuda().to(dtype)
     grad = (0.01 * torch.rand(32768, 64)).cuda().to(dtype)
-    exact = (torch.nn.Linear if kind is Linear else torch.nn.Embedding)(64, 64) if kind in (Linear, Embedding) else kind.__mro__[1](64)
+    exact = (
+        (torch.nn.Linear if kind is Linear else torch.nn.Embedding)(64, 64)
+        if kind in (Linear, Embedding)
+        else kind.__mro__[1](64)
+    )
     exact = exact.cuda().double()
     exact.load_state_dict({k: v.double() for k, v in module.state_dict().items()})
     if kind is RMSNorm:
@@ -182,7 +194,9 @@ def test_the_head_in_pieces_equals_fp64(dtype, monkeypatch):
 
 def test_a_transformers_model_trains_unchanged():
     transformers = pytest.importorskip("transformers")
-    shape = dict(vocab_size=512, n_positions=64, n_embd=64, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    shape = dict(
+        vocab_size=512, n_positions=64, n_embd=64, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
     model = fewbits.prepare(transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)), "fp16-mixed").cuda()
     step = Step(model, AdamW(model.parameters(), lr=3e-3), "fp16-mixed")
     losses = [float(step([batch(0)]).loss) for _ in range(25)]

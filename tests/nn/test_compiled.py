@@ -11,7 +11,9 @@ import fewbits
 from fewbits import ModelConfig, Transformer
 
 GPT = ModelConfig(vocab_size=61, context=16, n_layer=1, n_head=2, n_embd=16)
-LLAMA = dataclasses.replace(GPT, n_kv_head=1, norm="rmsnorm", activation="swiglu", positions="rope", bias=False, qk_norm=True)
+LLAMA = dataclasses.replace(
+    GPT, n_kv_head=1, norm="rmsnorm", activation="swiglu", positions="rope", bias=False, qk_norm=True
+)
 
 
 # The same sums in another order: fp32 agrees to 1e-4; in bf16 the compiler keeps intermediates wide, so that a tensor of

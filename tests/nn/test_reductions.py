@@ -55,7 +55,10 @@ def test_embedding_gradient_of_5000_ones_is_5000_rounded_once(dtype):
 def test_norms_equal_torch_in_every_dtype(dtype):
     torch.manual_seed(1)
     x = torch.randn(7, 5, 32)
-    for ours, theirs in ((LayerNorm(32), torch.nn.LayerNorm(32)), (RMSNorm(32, eps=1e-5), torch.nn.RMSNorm(32, eps=1e-5))):
+    for ours, theirs in (
+        (LayerNorm(32), torch.nn.LayerNorm(32)),
+        (RMSNorm(32, eps=1e-5), torch.nn.RMSNorm(32, eps=1e-5)),
+    ):
         a, b = x.to(dtype, copy=True).requires_grad_(), x.to(dtype).double().requires_grad_()
         ours.to(dtype)(a).sum().backward()
         theirs.double()(b).sum().backward()
@@ -93,9 +96,13 @@ def test_loss_in_pieces_equals_the_whole_in_fp64(dtype):
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 4 * HALF_ULP.get(dtype, 0))
     torch.testing.assert_close(loss.double(), exact, rtol=min(tolerance, 1e-5), atol=0)
     for narrow, wide in ((a, c), (b, d)):
-        torch.testing.assert_close(narrow.grad.double(), wide.grad, rtol=tolerance, atol=tolerance * float(wide.grad.abs().max()))
+        torch.testing.assert_close(
+            narrow.grad.double(), wide.grad, rtol=tolerance, atol=tolerance * float(wide.grad.abs().max())
+        )
     with torch.no_grad():
-        torch.testing.assert_close(linear_cross_entropy(a, b, labels).double(), exact, rtol=min(tolerance, 1e-5), atol=0)
+        torch.testing.assert_close(
+            linear_cross_entropy(a, b, labels).double(), exact, rtol=min(tolerance, 1e-5), atol=0
+        )
 
 
 def test_gradients_are_right_when_no_factor_was_announced():
