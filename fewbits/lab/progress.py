@@ -28,7 +28,7 @@ class Watch:
             disable=not self._console.is_terminal or quiet,
         )
         self._task = self._bar.add_task("compare", total=None, eta="", state="")
-        self._done = self._left = 0.0
+        self._left = 0.0
         self._began = time.monotonic()
 
     def __enter__(self) -> Watch:
@@ -42,8 +42,7 @@ class Watch:
 
     def plan(self, left: float | None) -> None:
         """Seconds of work that are left by the present estimate; None when it is not known yet."""
-        self._done, self._left = 0.0, left or 0.0
-        self._began = time.monotonic()
+        self._left = left or 0.0
 
     def eta(self, part: float = 0.0) -> float | None:
         """Seconds until the end: what was left, less the `part` of it that the running piece has gone through."""

@@ -106,6 +106,7 @@ class Session:
         for number in range(rounds):
             for label in self.variants.labels:
                 if (label, number) not in have:
+                    self.watch.plan(self._left_in_all(base, rounds, budget))
                     self._block(base, label, number, seconds, f"{number + 1} of {rounds}")
 
     def _block(self, base: Config, label: str, number: int, seconds: float, place: str) -> None:
@@ -162,6 +163,18 @@ class Session:
         if means is None:
             return float(sum(r["process_s"] for r in ended) / len(ended)) if ended else None
         return run_seconds(variant_config(base, self.variants, self.values[label], 0), *means)
+
+    def _left_in_all(self, base: Config, rounds: int, budget: float | None) -> float | None:
+        """Estimated seconds until the end while blocks are still missing; the budget bounds them."""
+        taken = [b["wall_s"] for b in self.document["blocks"]]
+        runs = self._left(base)
+        left = None
+        if taken and runs is not None:
+            left = max(0, rounds * len(self.names) - len(taken)) * sum(taken) / len(taken) + runs
+        if budget is None or self.document["config"] is not None:
+            return left
+        bound = max(1.0, budget * 60 - (self._before + time.monotonic() - self._since))
+        return bound if left is None else min(left, bound)
 
     def _left(self, base: Config) -> float | None:
         """Estimated seconds of the runs that are missing."""

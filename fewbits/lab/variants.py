@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from fewbits.errors import FewbitsError
 from fewbits.precision.precision import Precision
+from fewbits.train.aliases import canonical
 from fewbits.train.config import Config, full_name, override
 
 NOT_COMPARABLE = {
@@ -74,7 +75,7 @@ def make_variants(config: Config, precisions: Sequence[str] | None, vary: tuple[
         raise FewbitsError("Give either precisions or one option to vary, so that a difference has one cause.")
     if not precisions and not vary:
         raise FewbitsError("There is nothing to compare. Give precisions such as fp32,bf16-mixed, or --vary KEY=a,b.")
-    key, given = ("precision", precisions or ()) if vary is None else (full_name(vary[0]), vary[1])
+    key, given = ("precision", precisions or ()) if vary is None else (full_name(canonical(vary[0])), vary[1])
     if key in NOT_COMPARABLE:
         raise FewbitsError(f"{key} cannot be varied: {NOT_COMPARABLE[key]}.")
     values = tuple(str(value).strip() for value in given)
