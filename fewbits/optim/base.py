@@ -361,7 +361,8 @@ class Optimizer(torch.optim.Optimizer):
                 f"the saved state of a {parameter.dtype} parameter holds {', '.join(sorted(saved))}; this optimizer "
                 f"keeps {', '.join(sorted({*dtypes, 'since'}))} (master {kind!r}): make it as it was saved."
             )
-        state: dict[str, Tensor] = {}
+        born = int(saved["since"])
+        state = {"since": births.setdefault(born, torch.full_like(self.applied_steps, born))}
         for name, dtype in dtypes.items():
             value = saved[name]
             if value.dtype != dtype or value.shape != parameter.shape:
@@ -371,8 +372,6 @@ class Optimizer(torch.optim.Optimizer):
                 )
             state[name] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
             state[name].copy_(value)
-        born = int(saved["since"])
-        state["since"] = births.setdefault(born, torch.full_like(self.applied_steps, born))
         return state
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ def check_kind(kind: str) -> str:
 
 
 def measure(gradients: Iterable[Tensor], kind: str = "norm") -> Tensor:
-    """The global norm of all gradients, 0-d fp32 on their device.
+    """The global norm of all gradients, 0-d fp32 on their device (fp64 if a gradient is fp64).
 
     The 2-norm for "norm" and "value", the largest absolute value for "inf". One read, summed in fp32 within a tensor
     and in fp64 across (fp64 gradients: all in fp64), whatever the dtype of the gradients. It is finite exactly when
@@ -33,13 +33,15 @@ def measure(gradients: Iterable[Tensor], kind: str = "norm") -> Tensor:
     """
     order = math.inf if check_kind(kind) == "inf" else 2.0
     groups: dict[object, list[Tensor]] = {}
+    dtype = torch.float32
     for gradient in gradients:
+        dtype = torch.float64 if gradient.dtype == torch.float64 else dtype
         groups.setdefault(sharding.layout(gradient), []).append(gradient.detach())
     norms = [
         _norm(_local_norms(group, order), order) if layout is None else _sharded_norm(group, order)
         for layout, group in groups.items()
     ]
-    return _norm(torch.stack(norms), order).to(torch.float32) if norms else torch.zeros(())
+    return _norm(torch.stack(norms), order).to(dtype) if norms else torch.zeros(())
 
 
 def coefficient(norm: Tensor, clip: float) -> Tensor:

@@ -34,11 +34,12 @@ def follow(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, all_gradie
 def adam_bound(steps: int, lr: float, unit: float = U, feedback: bool = False) -> float:
     """How far two correct orders of Adam's arithmetic may drift apart over `steps`, for |w| < 2 and 0.3 <= |g| <= 2.2.
 
-    In units of `unit`: exp_avg gains at most 3.1 a step (a subtraction, a product by 0.1, a sum) and forgets at 0.9: 31 on
-    each side, over a root of at least 0.3: 207. exp_avg_sq gains a relative 2 a step and forgets at 0.95: 42, halved by the
-    root, plus its own rounding (2), two for the denominator and two for the quotient: 27 on each side, times an update of
-    at most 2.2 / 0.3: 400. The weight is rounded twice a step on each side. With decay in the gradient an error e of w comes
-    back as at most 2 * lr * 0.1 e / 0.3 a step: exp(200 * 0.01 * 0.67) < 4 times as much in all.
+    In units of `unit`: exp_avg gains at most 3.1 a step (a subtraction, a product by 0.1, a sum) and forgets at 0.9:
+    31 on each side, over a root of at least 0.3: 207. exp_avg_sq gains a relative 2 a step and forgets at 0.95: 42,
+    halved by the root, plus its own rounding (2), two for the denominator and two for the quotient: 27 on each side,
+    times an update of at most 2.2 / 0.3: 400. The weight is rounded twice a step on each side. With decay in the
+    gradient an error e of w comes back as at most 2 * lr * 0.1 e / 0.3 a step: exp(200 * 0.01 * 0.67) < 4 times as
+    much in all.
     """
     return (4 if feedback else 1) * steps * (lr * unit * (207 + 400) + 4 * unit * 2)
 
@@ -63,7 +64,7 @@ def test_sgd_stays_within_rounding_of_torchs():
     options = {"lr": lr, "momentum": 0.9, "weight_decay": 0.01}
     follow(SGD([ours], **options), ours, gradients(1000, steps))
     follow(torch.optim.SGD([theirs], **options, foreach=False), theirs, gradients(1000, steps))
-    # |buffer| <= 20: three roundings of at most 20 U a step, forgotten at 0.9, on each side; then two of w on each side.
+    # |buffer| <= 20: three roundings of at most 20 U a step, forgotten at 0.9, on each side; then two of w on each.
     bound = steps * (lr * U * 2 * 10 * 60 + 4 * U * max(5.0, ours.detach().abs().max().item()))
     assert (ours - theirs).abs().max().item() <= bound
 
