@@ -14,7 +14,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -156,15 +156,14 @@ class _Trials:
                 break
         return [statistics.median(taken) for taken in times]
 
-    def drop(self, precision: Precision, compile: bool = False) -> None:
-        """Frees one model."""
-        self._steps.pop((str(precision), compile), None)
-        gc.collect()
-
     def close(self) -> None:
+        """Frees everything."""
+        self._batch.clear()
+        self.clear()
+
+    def clear(self) -> None:
         """Frees all models and the memory they took."""
         self._steps.clear()
-        self._batch.clear()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -218,15 +217,17 @@ def _choose_precision(config: Config, device: torch.device, trials: _Trials) -> 
 
 
 def _time_each(candidates: list[Precision], trials: _Trials) -> dict[Precision, float]:
-    """Seconds a step of each candidate that fits into memory, the candidates taking turns."""
-    fitting = []
-    for candidate in candidates:
-        try:
-            trials.once(candidate, False)
-            fitting.append(candidate)
-        except torch.OutOfMemoryError:
-            trials.drop(candidate)
-    times = dict(zip(fitting, trials.race([(c, False) for c in fitting]), strict=True)) if fitting else {}
+    """Seconds a step of each candidate that fits into memory: taking turns, or alone where they do not fit together."""
+    try:
+        found = trials.race([(candidate, False) for candidate in candidates])
+        times = dict(zip(candidates, found, strict=True))
+    except torch.OutOfMemoryError:
+        times = {}
+        for candidate in candidates:
+            trials.clear()
+            with suppress(torch.OutOfMemoryError):
+                times[candidate] = trials.race([(candidate, False)])[0]
+    trials.clear()
     trials.eager.update({str(candidate): seconds for candidate, seconds in times.items()})
     return times
 
@@ -293,7 +294,7 @@ def _choose_determinism(
     if not config.train.deterministic:
         return Choice(False, "without --deterministic what is restored is exact, later sums may differ in order")
     free = trials.race([(precision, compile)])[0]
-    trials.drop(precision, compile)
+    trials.clear()
     with determinism(True):
         bound = trials.race([(precision, compile)])[0]
     price = f"{100 * (bound / free - 1):+.0f} % ({1000 * free:.4g} to {1000 * bound:.4g} ms a step)"

@@ -106,7 +106,7 @@ def recorded_choices(config: Config, checkpoint: Checkpoint) -> Choices:
         device = choose_device(wanted)
         moved = f"--device was given; the run began on {choices.device.value}, so sums may differ in order from here"
         return replace(choices, device=Choice(device.value, moved), matmuls={})
-    choose_device(choices.device.value)
-    if config.train.deterministic or choices.deterministic.value:
+    if choices.deterministic.value:
         prepare_determinism()
+    choose_device(choices.device.value)
     return choices

@@ -57,6 +57,7 @@ def train(
     _refuse_ranks()
     display = Display(console, quiet)
     with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())  # a resumed run takes the number it began with
         began = time.perf_counter()
         if resume is None:
             training, folder = _fresh(config, display, stack)

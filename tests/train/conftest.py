@@ -13,7 +13,8 @@ from fewbits.choice import Choice
 from fewbits.train.choices import Choices
 from fewbits.train.config import Config, full_name, load_recipe
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards boil h\u00e9rbs and \u4e16\u754c waits".split()
+LINE = "the quick brown fox jumps over a lazy dog while seven wizards boil h\u00e9rbs and \u4e16\u754c waits"
+WORDS = LINE.split()
 TINY: dict[str, Any] = {
     "data.tokenizer": "bytes",
     "model.vocab_size": 0,

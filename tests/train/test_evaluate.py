@@ -96,9 +96,7 @@ def test_a_run_is_measured_on_what_it_never_saw(tiny: Callable[..., Config], tex
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "fp16-mixed", "fp64"])
-def test_a_run_can_be_measured_in_another_precision(
-    tiny: Callable[..., Config], tmp_path: Any, precision: str
-) -> None:
+def test_a_run_can_be_measured_in_another_precision(tiny: Callable[..., Config], tmp_path: Any, precision: str) -> None:
     train(tiny(), quiet=True)
     exact, other = (evaluate_run(tmp_path / "run", device="cpu", precision=p)["loss"] for p in ("fp32", precision))
     assert other == pytest.approx(exact, rel=0.01)  # weights and activations good to 2^-8 each

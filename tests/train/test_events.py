@@ -26,7 +26,19 @@ def _console(width: int, terminal: bool, encoding: str = "utf-8") -> tuple[Conso
 def test_a_logged_step_fits_80_columns_and_its_heading_stands_above_it() -> None:
     line = step_line(ENTRY)
     assert len(line) == len(HEADING) <= 80
-    assert line.split() == ["12345", "10.8312", "5.88e-05", "0.948", "2^16", "3", "1234", "476,417", "41.3%", "23.0", "GiB"]
+    assert line.split() == [
+        "12345",
+        "10.8312",
+        "5.88e-05",
+        "0.948",
+        "2^16",
+        "3",
+        "1234",
+        "476,417",
+        "41.3%",
+        "23.0",
+        "GiB",
+    ]
 
 
 def test_unknown_values_are_dashes_and_infinite_ones_are_named() -> None:
@@ -41,7 +53,9 @@ def test_no_line_is_wider_than_the_terminal(width: int) -> None:
     display.fact("precision", "fp32", "a long reason " * 12)
     display.table("working weight  bf16       " + "prepare() rounded them all " * 6, indent=27)
     display.step(ENTRY)
-    display.evaluation({"step": 123456, "val_loss": 2.1, "perplexity": 812.4, "bits_per_byte": 1.712}, {"gzip": 1.9, "xz": 1.5})
+    display.evaluation(
+        {"step": 123456, "val_loss": 2.1, "perplexity": 812.4, "bits_per_byte": 1.712}, {"gzip": 1.9, "xz": 1.5}
+    )
     lines = raw.getvalue().decode().splitlines()
     assert max(len(line) for line in lines) <= width
     assert all(line.startswith(" " * 12) for line in lines if "reason" in line and "precision" not in line)

@@ -135,7 +135,7 @@ def test_without_a_compiler_auto_is_eager_and_true_is_refused(
     monkeypatch.setattr(execution.shutil, "which", lambda name: None)
     chosen = choose_execution(tiny(compile="auto")).compile
     assert chosen.value is False and "no C++ compiler" in chosen.reason
-    with pytest.raises(FewbitsError, match="no C\\+\\+ compiler .* --compile false"):
+    with pytest.raises(FewbitsError, match=r"no C\+\+ compiler .* --compile false"):
         check_device(tiny(compile="true"))
 
 
@@ -150,7 +150,7 @@ def test_a_large_model_is_timed_on_a_small_part_of_it(tiny: Callable[..., Config
 def test_a_device_that_is_not_there_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto").value == "cpu" and "no CUDA device" in choose_device("auto").reason
-    with pytest.raises(FewbitsError, match="no CUDA device here. Use --device cpu"):
+    with pytest.raises(FewbitsError, match=r"no CUDA device here\. Use --device cpu"):
         choose_device("cuda")
     with pytest.raises(FewbitsError, match="must be auto, cpu, cuda"):
         choose_device("gpu")

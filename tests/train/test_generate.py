@@ -94,7 +94,9 @@ def test_a_run_continues_its_prompt(tiny: Callable[..., Config], tmp_path: Path)
     assert generate(tmp_path / "run" / "checkpoints" / "step-00000006", "the ", tokens=5, device="cpu") == shown
 
 
-@pytest.mark.parametrize("settings", [{"tokens": -1}, {"temperature": -0.1}, {"top_k": -2}, {"temperature": float("nan")}])
+@pytest.mark.parametrize(
+    "settings", [{"tokens": -1}, {"temperature": -0.1}, {"top_k": -2}, {"temperature": float("nan")}]
+)
 def test_settings_that_mean_nothing_are_refused(tokenizer: Tokenizer, settings: dict[str, float]) -> None:
     with pytest.raises(FewbitsError, match="0 or more"):
         sample(_model(tokenizer), tokenizer, "", **settings)  # type: ignore[arg-type]

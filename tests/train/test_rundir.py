@@ -43,11 +43,11 @@ def test_checking_makes_nothing(tmp_path: Path) -> None:
 def test_a_directory_with_a_run_or_with_foreign_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "config.toml").touch()
-    with pytest.raises(FewbitsError, match="holds a run already. Continue it with --resume"):
+    with pytest.raises(FewbitsError, match=r"holds a run already\. Continue it with --resume"):
         check_free(tmp_path / "x")
     (tmp_path / "y").mkdir()
     (tmp_path / "y" / "thesis.tex").touch()
-    with pytest.raises(FewbitsError, match="not empty .*thesis.tex"):
+    with pytest.raises(FewbitsError, match=r"not empty .*thesis\.tex"):
         check_free(tmp_path / "y")
 
 
@@ -61,7 +61,7 @@ def test_a_file_where_a_directory_is_needed_is_one_sentence(tmp_path: Path) -> N
 
 def test_a_directory_without_permission_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere, so the system is asked in its place
-    with pytest.raises(FewbitsError, match="No permission to write in .* Choose another --out_dir"):
+    with pytest.raises(FewbitsError, match=r"No permission to write in .* Choose another --out_dir"):
         check_free(tmp_path / "new")
 
 

@@ -94,7 +94,12 @@ def test_a_restored_state_equals_the_saved_one_before_any_step(
 
 @pytest.mark.parametrize(
     ("precision", "dtype"),
-    [("fp32", torch.float32), ("bf16-mixed", torch.float32), ("fp16-mixed", torch.float32), ("bf16-true", torch.bfloat16)],
+    [
+        ("fp32", torch.float32),
+        ("bf16-mixed", torch.float32),
+        ("fp16-mixed", torch.float32),
+        ("bf16-true", torch.bfloat16),
+    ],
 )
 def test_a_checkpoint_holds_exact_weights_and_16_bits_only_where_no_master_is_kept(
     tiny: Callable[..., Config], choices: Choices, precision: str, dtype: torch.dtype
@@ -107,9 +112,7 @@ def test_a_checkpoint_holds_exact_weights_and_16_bits_only_where_no_master_is_ke
     assert not any(name.endswith("/master") for name in collected["optimizer"])
 
 
-def test_the_working_weights_are_the_rounding_of_what_is_saved(
-    tiny: Callable[..., Config], choices: Choices
-) -> None:
+def test_the_working_weights_are_the_rounding_of_what_is_saved(tiny: Callable[..., Config], choices: Choices) -> None:
     config = tiny(precision="bf16-mixed", lr=0.01)
     training = _build(config, choices, open_data(config))
     for _ in range(3):

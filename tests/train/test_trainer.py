@@ -218,9 +218,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(
     assert [line["step"] for line in _steps(tmp_path / "cut")] == [1, 2, 4, 6]
 
 
-def test_a_crash_is_told_in_the_summary_and_raised(
-    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_is_told_in_the_summary_and_raised(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash() -> None:
         raise RuntimeError("the cable was pulled")
 
@@ -305,7 +303,8 @@ def test_two_runs_in_one_directory_are_refused(tiny: Make, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "mistake", [{"data": "no/such/file.txt"}, {"n_head": 3}, {"context": 100_000}, {"precision": "bf17"}, {"device": "xpu"}]
+    "mistake",
+    [{"data": "no/such/file.txt"}, {"n_head": 3}, {"context": 100_000}, {"precision": "bf17"}, {"device": "xpu"}],
 )
 def test_a_mistake_leaves_nothing_behind(tiny: Make, tmp_path: Path, mistake: dict[str, Any]) -> None:
     with pytest.raises(FewbitsError):
