@@ -15,7 +15,7 @@ STARTING = 1.5  # a run starts and ends more slowly than a block: it saves, and 
 EVALUATION = 0.45  # one held-out batch, forward only, as a part of a training step
 SAFETY = 0.85  # part of the remaining budget that is planned: later runs on a warm machine are slower than the blocks
 LEAST_STEPS = 20  # fewer say nothing about a precision
-EVALUATIONS = 5  # held-out results along a shortened run: enough for a curve
+EVALUATIONS = 3  # held-out results along a shortened run; each costs as much as some steps
 
 
 def run_seconds(config: Config, ms_per_step: float, ready: float) -> float:
@@ -40,23 +40,26 @@ def shorten(config: Config, costs: Sequence[tuple[float, float]], seeds: int, se
     costs: (ms a step, seconds until ready) of each variant. The warm-up and the decay keep their part of the horizon.
     Raises FewbitsError when not even a few steps fit.
     """
-    full = seeds * sum(run_seconds(config, ms, ready) for ms, ready in costs)
-    if full <= SAFETY * seconds:
-        return config, Choice(config.train.max_steps, f"all runs take about {full / 60:.0f} minutes")
-    evaluations = EVALUATIONS * EVALUATION * config.train.eval_batches
-    fixed = seeds * sum(STARTING * ready + evaluations * ms / 1000.0 for ms, ready in costs)
-    per_step = seeds * sum(ms for ms, _ in costs) / 1000.0
-    steps = int((SAFETY * seconds - fixed) / per_step)
-    if steps < LEAST_STEPS:
-        needed = (fixed + LEAST_STEPS * per_step) / SAFETY / 60
+
+    def cost(steps: int) -> float:
+        shorter = config if steps == config.train.max_steps else horizon(config, steps)
+        return seeds * sum(run_seconds(shorter, ms, ready) for ms, ready in costs)
+
+    steps, least = config.train.max_steps, min(LEAST_STEPS, config.train.max_steps)
+    if cost(steps) <= SAFETY * seconds:
+        return config, Choice(steps, f"all runs take about {cost(steps) / 60:.0f} minutes")
+    if cost(least) > SAFETY * seconds:
         raise FewbitsError(
-            f"Not even {LEAST_STEPS} steps a run fit into the {seconds / 60:.1f} minutes that are left; about "
-            f"{needed:.0f} are needed. Give a longer --budget, fewer precisions or seeds, or a smaller model."
+            f"Not even {least} steps a run fit into the {max(0.0, seconds) / 60:.1f} minutes that are left; about "
+            f"{cost(least) / SAFETY / 60:.1f} are needed. Give a longer --budget, fewer precisions or seeds, or a smaller "
+            "model."
         )
-    if steps >= config.train.max_steps:
-        return config, Choice(config.train.max_steps, f"all runs take about {full / 60:.0f} minutes")
-    reason = f"{steps} of the recipe's {config.train.max_steps} steps let every run end within the budget"
-    return horizon(config, steps), Choice(steps, reason)
+    fits = least
+    while steps - fits > 1:  # cost grows with the steps
+        middle = (fits + steps) // 2
+        fits, steps = (middle, steps) if cost(middle) <= SAFETY * seconds else (fits, middle)
+    reason = f"{fits} of the recipe's {config.train.max_steps} steps let every run end within the budget"
+    return horizon(config, fits), Choice(fits, reason)
 
 
 def horizon(config: Config, steps: int) -> Config:
@@ -70,7 +73,7 @@ def horizon(config: Config, steps: int) -> Config:
     train = replace(
         config.train,
         max_steps=steps,
-        eval_every=max(1, -(-steps // EVALUATIONS)),
+        eval_every=-(-steps // EVALUATIONS) if config.train.eval_every else 0,
         log_every=max(1, min(config.train.log_every, steps // 20)),
         save_every=max(1, steps // 3) if config.train.save_every else 0,
     )
