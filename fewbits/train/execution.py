@@ -47,10 +47,12 @@ class _Habits:
     """Part of the time that compiling may save at best."""
     compiling_s: float
     """Usual time to compile, cold."""
+    worth_s: float
+    """Length of a run from which compiling is tried: trying may cost a few per cent of it, and win more."""
 
 
 # CPU: 0 to 15 % gained for 12 to 26 s, measured on two cores. CUDA: 1.2 to 2.5 times as fast for 20 to 90 s.
-_HABITS = {"cpu": _Habits(6e10, 5e9, 0.15, 25.0), "cuda": _Habits(5e13, 2e12, 0.6, 45.0)}
+_HABITS = {"cpu": _Habits(6e10, 5e9, 0.15, 25.0, 1000.0), "cuda": _Habits(5e13, 2e12, 0.6, 45.0, 150.0)}
 
 
 def choose_execution(config: Config) -> Choices:
@@ -243,13 +245,12 @@ def _choose_compile(config: Config, precision: Precision, device: torch.device, 
     habits = _HABITS.get(device.type, _HABITS["cpu"])
     steps = config.train.max_steps
     flops = config.model.flops_per_token() * config.train.batch_size * config.model.context * steps
-    least = 2 * habits.compiling_s / habits.gain
-    if flops / habits.slowest < least:
+    if flops / habits.slowest < habits.worth_s:
         return Choice(False, "the run is too short to win back the time of compiling")
     if str(precision) not in trials.eager:
         trials.eager[str(precision)] = trials.race([(precision, False)], rounds=2)[0]
     eager = trials.eager[str(precision)] * trials.ratio
-    if steps * eager < least:
+    if steps * eager < habits.worth_s:
         return Choice(
             False,
             f"the run takes about {_seconds(steps * eager)}; compiling takes about {habits.compiling_s:.0f} s "
