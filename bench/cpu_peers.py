@@ -14,7 +14,7 @@ from blocks import alternate, save
 from peers import table
 
 SIZES = {
-    "nano": "V=4096 T=256 B=8 L=4 H=4 D=192",
+    "nano": "V=4096 T=256 B=8 L=4 H=4 D=256",
     "12m": "V=4096 T=256 B=8 L=6 H=6 D=384",
 }
 CASES = {
