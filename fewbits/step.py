@@ -104,9 +104,9 @@ class Step:
         self.device = self.parameters[0].device
         self.scale = loss_scale or parse(self.precision.loss_scale)
         self.scale.init(self.device)
-        wide = torch.float64 if self.precision.reduction.name == "fp64" else torch.float32
+        self.wide = self.precision.reduction.container
         table = [1.0] if schedule is None else schedule.table()
-        self.lr_table = torch.as_tensor(table, dtype=torch.float64).to(self.device, wide)
+        self.lr_table = torch.as_tensor(table, dtype=torch.float64).to(self.device, self.wide)
         self.latched = torch.zeros((), dtype=torch.bool, device=self.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self.attempts = 0
@@ -116,11 +116,12 @@ class Step:
         """Takes one step over all micro-batches of it, each {"input_ids", "labels", ...} on the device of the model."""
         if not micro_batches:
             raise FewbitsError("a step got no micro-batches; give at least one.")
+        self._clear()  # what a step that was broken off, or somebody's own backward, has left is no part of this one
         scale = self.scale.value.clone()
         with torch_switches(self.precision, self.device), emulation(needed(self.model)):
             loss = self._forward_backward(micro_batches, scale)
         gradients = self._gradients()
-        inv_scale = scale.to(self.lr_table.dtype).reciprocal()
+        inv_scale = scale.to(self.wide).reciprocal()
         grad_norm = measure(list(gradients.values()), self.clip_kind) * inv_scale
         finite = torch.isfinite(grad_norm) & torch.isfinite(loss)
         applied = finite & ~self.latched
@@ -131,7 +132,7 @@ class Step:
             factor=factor, applied=applied, lr_factor=self.lr_factor(), clip_value=by_value, gradients=gradients
         )
         self.latched |= ~torch.isfinite(loss) | (~finite & ~self.scale.can_cure())
-        self.scale.update_(finite | self.latched)
+        self.scale.update_(finite, hold=self.latched)
         self.skipped += ~applied
         self.attempts += 1
         self._clear()
@@ -164,8 +165,8 @@ class Step:
 
     def _forward_backward(self, micro_batches: Sequence[MicroBatch], scale: Tensor) -> Tensor:
         count = real_targets(micro_batches)
-        factor = (scale.double() / count).to(self.lr_table.dtype)
-        total = torch.zeros((), dtype=self.lr_table.dtype, device=self.device)
+        factor = (scale.double() / count).to(self.wide)
+        total = torch.zeros((), dtype=self.wide, device=self.device)
         for index, micro_batch in enumerate(micro_batches):
             with keyed_random(self.device, self.seed, self.attempts, index), gradient_factor(factor):
                 loss_sum = self.loss(self.model, micro_batch)
@@ -174,21 +175,19 @@ class Step:
                 (loss_sum * factor).backward()  # type: ignore[no-untyped-call]
             total += loss_sum.detach()
             if len(micro_batches) > 1:
-                self._accumulate(first=index == 0)
-        return total / count.to(total.dtype)
+                self._accumulate()
+        return total / count.to(self.wide)
 
     @torch.no_grad()
-    def _accumulate(self, first: bool) -> None:
+    def _accumulate(self) -> None:
         """Moves 16-bit gradients into fp32 accumulators: in bf16, 256 + 1 = 256. Wider ones add up in .grad itself."""
-        if first:
-            for accumulator in self.accumulators.values():
-                accumulator.zero_()
         for parameter in self.parameters:
             if parameter.grad is None or parameter.grad.dtype.itemsize >= 4:
                 continue
-            if parameter not in self.accumulators:
-                self.accumulators[parameter] = torch.zeros_like(parameter.grad, dtype=torch.float32)
-            self.accumulators[parameter] += parameter.grad
+            if parameter in self.accumulators:
+                self.accumulators[parameter] += parameter.grad
+            else:
+                self.accumulators[parameter] = parameter.grad.float()
             parameter.grad = None
 
     def _gradients(self) -> dict[nn.Parameter, Tensor]:
@@ -204,24 +203,18 @@ class Step:
         return found
 
     def _clear(self) -> None:
+        self.accumulators.clear()
         for parameter in self.parameters:
             parameter.grad = None
 
 
 def settle_master(optimizer: Optimizer, precision: Precision) -> None:
     """Settles the optimizer's master="auto" on the precision's kind; raises FewbitsError where the two contradict."""
-    wanted = precision.resolved_master().value
-    exact = wanted != "none"
-    if optimizer.master == "auto":
-        optimizer.resolve_master(wanted)
-    elif precision.working.bits == 16 and exact != (optimizer.master != "none"):
-        other = "a mixed precision, which keeps exact weights" if not exact else "master='auto', or a true precision"
+    settled = optimizer.resolve_master(precision.resolved_master().value)
+    if "auto" not in (precision.master, settled) and precision.master != settled:
         raise FewbitsError(
-            f"{precision} keeps master={wanted!r} and the optimizer was made with {optimizer.master!r}; use {other}."
-        )
-    elif precision.master not in ("auto", optimizer.master):
-        raise FewbitsError(
-            f"{precision} asks for master={precision.master!r} and the optimizer was made with {optimizer.master!r}."
+            f"{precision} asks for master={precision.master!r} and the optimizer was made with {settled!r}; "
+            "use master='auto' for one of them."
         )
 
 

@@ -200,6 +200,19 @@ def test_a_non_finite_loss_latches_until_the_host_has_looked():
     assert bool(step([batch()]).applied)
 
 
+def test_latched_steps_neither_move_the_loss_scale_nor_count_towards_its_growth():
+    model, _, step, _ = trained("bf16-mixed", 2, loss_scale=DynamicScale(initial=2.0**4, interval=4))
+    before = step.scale.state_dict()
+    sound = model.norm.weight.data.clone()
+    model.norm.weight.data.fill_(float("nan"))
+    for _ in range(5):  # the first closes the latch; five counted as clean would double the scale
+        step([batch()])
+    assert bool(step.latched) and step.scale.state_dict() == before
+    model.norm.weight.data.copy_(sound)
+    step([batch()])
+    assert step.scale.state_dict() == before, "finite again, but the latch still holds"
+
+
 def test_gradients_that_no_scale_can_cure_latch():
     model, _, step, _ = trained("bf16-mixed", 1)
     model.norm.weight.register_hook(lambda grad: grad * float("nan"))
@@ -215,6 +228,53 @@ def test_accumulation_keeps_what_16_bits_would_lose():
     )  # fmt: skip
     micro = [{"x": torch.tensor([[v]]), "labels": torch.zeros(1, dtype=torch.int64)} for v in (256.0, 1.0, 1.0, 1.0)]
     assert float(step(micro).grad_norm) == pytest.approx(259 / 4, rel=1e-6)
+
+
+class Branches(torch.nn.Module):
+    """Two weights, of which a batch uses one or both: a mixture of experts at its smallest."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.Linear(1, 1, bias=False)
+        self.b = torch.nn.Linear(1, 1, bias=False)
+
+    def forward(self, x, use):
+        return sum(getattr(self, name)(x) for name in use)
+
+
+def branches_step(precision="bf16-mixed"):
+    model = fewbits.prepare(Branches(), precision)
+    step = Step(
+        model, AdamW(model.parameters(), lr=0.1), precision, clip=None,
+        loss=lambda m, b: m(b["x"], b["use"]).float().sum(),
+    )  # fmt: skip
+    return model, step
+
+
+def branch(use, value=1.0):
+    return {"x": torch.tensor([[value]]), "use": use, "labels": torch.zeros(1, dtype=torch.int64)}
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_gradient_of_an_earlier_step_is_never_used_again(micro_batches):
+    model, step = branches_step()
+    step([branch("ab"), branch("ab")])  # both get accumulators
+    before = step.optimizer.exact_weight(model.b.weight).clone()
+    step([branch("a")] * micro_batches)
+    assert torch.equal(step.optimizer.exact_weight(model.b.weight), before), "b took no part: not even decay moves it"
+
+
+def test_a_step_that_was_broken_off_leaves_no_trace_in_the_next_one():
+    def weights(broken):
+        torch.manual_seed(0)
+        model, step = branches_step()
+        if broken:
+            with pytest.raises(AttributeError):
+                step([branch("ab", 100.0), branch("a?")])  # the second micro-batch fails after the first backward
+        step([branch("ab"), branch("ab")])
+        return [step.optimizer.exact_weight(p) for p in model.parameters()]
+
+    assert all(torch.equal(x, y) for x, y in zip(weights(False), weights(True), strict=True))
 
 
 @pytest.mark.parametrize(

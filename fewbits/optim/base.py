@@ -233,13 +233,10 @@ class Optimizer(torch.optim.Optimizer):
         another kind exists.
         """
         _check_kinds(kind, self.moments)
-        if kind == "auto" or (
-            kind == "split" and self.master == "auto"
-        ):  # auto is split, and fp32 for an fp16 exception
-            return self.master
+        settled = "auto" if kind == "split" else kind  # auto is split, and fp32 for a parameter in fp16
         for group in self.param_groups:
             for parameter in group["params"]:
-                wanted, had = master.kind_for(kind, parameter.dtype), self.master_kind(parameter)
+                wanted, had = master.kind_for(settled, parameter.dtype), self.master_kind(parameter)
                 if self.master != "auto" and (wanted == "none") != (had == "none"):
                     raise FewbitsError(
                         f"the optimizer was made with master={self.master!r} and the precision asks for {kind!r}; "
@@ -247,7 +244,8 @@ class Optimizer(torch.optim.Optimizer):
                     )
                 if self.master == "auto" and wanted != had and self.state.get(parameter):
                     raise FewbitsError(f"the optimizer has stepped with master {had!r} and cannot change to {kind!r}.")
-        self.master = kind if self.master == "auto" else self.master
+        if self.master == "auto":
+            self.master = settled
         return self.master
 
     def master_kind(self, parameter: Tensor) -> str:

@@ -37,8 +37,12 @@ class LossScale:
         for name, buffer in self._buffers().items():
             setattr(self, name, buffer.to(device))
 
-    def update_(self, finite: Tensor) -> None:
-        """After a step, its gradients unscaled: `finite` is a 0-d bool, whether all of them were finite."""
+    def update_(self, finite: Tensor, hold: Tensor | None = None) -> None:
+        """After a step, its gradients unscaled. Both are 0-d bool on the device.
+
+        finite: whether all gradients were. hold: where true nothing moves or counts: a latched step says nothing about
+        the scale.
+        """
 
     def can_cure(self) -> Tensor:
         """0-d bool: could a later, lower scale still make an overflowing gradient finite?"""
@@ -136,7 +140,7 @@ class DynamicScale(LossScale):
         self.good_steps = torch.zeros((), dtype=torch.int64)
         self.hysteresis_left = torch.tensor(self.hysteresis, dtype=torch.int64)
 
-    def update_(self, finite: Tensor) -> None:
+    def update_(self, finite: Tensor, hold: Tensor | None = None) -> None:
         good = torch.where(finite, self.good_steps + 1, 0)
         grow = good >= self.interval
         left = torch.where(finite, self.hysteresis_left, (self.hysteresis_left - 1).clamp_(min=0))
@@ -145,9 +149,13 @@ class DynamicScale(LossScale):
             (self.value * self.growth).clamp_(max=self.ceiling),
             (self.value * self.backoff).clamp_(min=self.floor),
         )
-        self.value.copy_(torch.where(grow, higher, torch.where(back_off, lower, self.value)))
-        self.good_steps.copy_(torch.where(grow, 0, good))
-        self.hysteresis_left.copy_(torch.where(grow, self.hysteresis, left))
+        moved = (
+            (self.value, torch.where(grow, higher, torch.where(back_off, lower, self.value))),
+            (self.good_steps, torch.where(grow, 0, good)),
+            (self.hysteresis_left, torch.where(grow, self.hysteresis, left)),
+        )
+        for buffer, new in moved:
+            buffer.copy_(new if hold is None else torch.where(hold, buffer, new))
 
     def can_cure(self) -> Tensor:
         return self.value > self.floor
