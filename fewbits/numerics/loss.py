@@ -51,7 +51,7 @@ def piece_rows(rows: int, vocabulary: int, device_type: str) -> int:
 def softmax_gradient(logits_NV: Tensor, labels_N: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of every row and the gradient of `factor * sum(losses)` with respect to the logits, both in fp32 or wider."""
     real_N = labels_N != IGNORE
-    index_N1 = labels_N.clamp(min=0).unsqueeze(1)
+    index_N1 = torch.where(real_N, labels_N, 0).unsqueeze(1)  # any other negative label is an error, as in torch
     log_p_NV = torch.log_softmax(logits_NV, 1)
     losses_N = torch.where(real_N, -log_p_NV.gather(1, index_N1).squeeze(1), 0.0)
     weight_N1 = torch.where(real_N, factor, 0.0).unsqueeze(1)

@@ -45,11 +45,12 @@ def resting(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int
 
 
 def gradient_bytes(model: nn.Module, accumulated: bool) -> int:
-    """Bytes of all gradients at their fullest; with accumulation, fp32 (or wider) accumulators stand beside."""
+    """Bytes of all gradients at their fullest; with accumulation, fp32 accumulators stand beside those of 16 bits."""
     total = 0
     for parameter in model.parameters():
         if parameter.requires_grad:
-            total += parameter.numel() * (parameter.element_size() + accumulated * max(4, parameter.element_size()))
+            beside = 4 if accumulated and parameter.element_size() < 4 else 0
+            total += parameter.numel() * (parameter.element_size() + beside)
     return total
 
 

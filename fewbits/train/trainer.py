@@ -244,7 +244,8 @@ class Run:
         while self.done < self.end:
             measure = not self.meter.measured and (self.done > self.first or self.done + 1 == self.end)
             self._take_step(measure)
-            last = self.done == self.end or interrupts.received is not None
+            stop = interrupts.received  # a signal that comes later than this ends the run one step later, saved as well
+            last = self.done == self.end or stop is not None
             logs = last or self.done % every.log_every == 0 or self.done == 1
             evaluates = self._due(every.eval_every) or (self.done == self.end)
             samples, saves = self._due(every.sample_every), last or self._due(every.save_every)
@@ -257,8 +258,8 @@ class Run:
                 self._sample()
             if saves:
                 self._save()
-            if interrupts.received is not None:
-                return interrupts.received
+            if stop is not None:
+                return stop
             self.watch.start()
         return "" if self.done >= self.config.train.max_steps else f"--stop-at {self.end}"
 

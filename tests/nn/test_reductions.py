@@ -105,6 +105,13 @@ def test_loss_in_pieces_equals_the_whole_in_fp64(dtype):
         )
 
 
+def test_a_negative_label_that_is_not_the_ignored_one_is_an_error_and_not_token_0():
+    # -1 is what others ignore; counting it as token 0 would train on it without a word
+    hidden = torch.randn(2, 4, requires_grad=True)
+    with pytest.raises((IndexError, RuntimeError)):
+        linear_cross_entropy(hidden, torch.randn(3, 4), torch.tensor([1, -1]))
+
+
 def test_gradients_are_right_when_no_factor_was_announced():
     torch.manual_seed(3)
     hidden, weight, labels = torch.randn(70, 8), torch.randn(11, 8), torch.randint(11, (70,))

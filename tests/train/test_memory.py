@@ -67,10 +67,13 @@ def test_each_precision_keeps_the_bytes_a_parameter_that_it_says(
     assert roles["activations"] > 0
 
 
-def test_accumulation_in_16_bits_adds_fp32_accumulators(tiny: Callable[..., Config], choices: Choices) -> None:
-    training, meter = _meter(tiny(precision="bf16-mixed", micro_batches=2), choices)
+@pytest.mark.parametrize(("precision", "bytes_each"), [("bf16-mixed", 2 + 4), ("fp32", 4), ("fp64", 8)])
+def test_accumulation_adds_fp32_accumulators_to_16_bit_gradients_and_nothing_to_wider_ones(
+    tiny: Callable[..., Config], choices: Choices, precision: str, bytes_each: int
+) -> None:
+    training, meter = _meter(tiny(precision=precision, micro_batches=2), choices)
     roles = meter.roles()
-    assert roles is not None and roles["gradients"] == (2 + 4) * training.config.model.parameter_count()
+    assert roles is not None and roles["gradients"] == bytes_each * training.config.model.parameter_count()
 
 
 def test_more_rows_need_more_activations(tiny: Callable[..., Config], choices: Choices) -> None:

@@ -185,6 +185,19 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(
     _assert_same_end(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_a_signal_during_an_evaluation_saves_too(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = trainer.evaluate
+
+    def interrupted(*arguments: Any) -> dict[str, Any]:
+        signal.raise_signal(signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(trainer, "evaluate", interrupted)
+    summary = train(tiny(eval_every=2), quiet=True)
+    assert summary["status"] == "stopped" and summary["reason"] == "SIGTERM"
+    assert load_checkpoint(tmp_path / "run").step == summary["steps"] == 3
+
+
 def test_a_second_ctrl_c_stops_at_once_and_says_so(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer.Interrupts, "SAME_PRESS_S", 0.0)
 
