@@ -65,13 +65,16 @@ def _resume(text: str, base: str | None, given: dict[str, str]) -> int:
 
 
 def _train(config: Config, resume: Path | None, notes: list[str]) -> int:
+    from fewbits.report.html import write_report
     from fewbits.train.trainer import exit_code
     from fewbits.train.trainer import train as run_training
 
     console = make_console()
     for note in notes:
         console.print(note)
-    return exit_code(run_training(config, resume=resume, console=console))
+    summary = run_training(config, resume=resume, console=console)
+    console.print(f"page        {write_report(Path(summary['out_dir']))}")
+    return exit_code(summary)
 
 
 def _available(device: str) -> int | None:

@@ -95,6 +95,7 @@ def summarize(run: Run, status: str, reason: str) -> dict[str, Any]:
         "precision_table": run.table,
         "choices": training.choices.to_json(),
         "data": {**training.store.describe(), "corpus": training.corpus.name, "notes": training.corpus.notes},
+        "out_dir": str(run.folder),
         "checkpoint": None if run.saved is None else str(run.saved),
         "environment": environment(),
     }
@@ -111,4 +112,4 @@ def advise(display: Display, summary: Mapping[str, Any], folder: str) -> None:
     elif summary["status"] == "stopped":
         display.fact("next", f"fewbits train --resume {folder}")
     else:
-        display.fact("next", f"fewbits report {folder}   fewbits generate {folder} --prompt ...")
+        display.fact("next", f"fewbits generate {folder} --prompt ...   fewbits eval {folder} --data ...")

@@ -25,11 +25,12 @@ def trained(monkeypatch):
 
     def fake(config, resume=None, console=None, quiet=False):
         calls.append((config, resume))
-        return {"status": "finished"}
+        return {"status": "finished", "out_dir": "runs/none"}
 
     import fewbits.train.trainer
 
     monkeypatch.setattr(fewbits.train.trainer, "train", fake)
+    monkeypatch.setattr("fewbits.report.html.write_report", lambda folder: folder / "report.html")
     return calls
 
 
@@ -204,11 +205,21 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch):
         run(["train"])
 
 
-def test_a_diverged_run_exits_with_3(monkeypatch):
+def test_a_diverged_run_exits_with_3(trained, monkeypatch):
     import fewbits.train.trainer
 
-    monkeypatch.setattr(fewbits.train.trainer, "train", lambda *a, **k: {"status": "diverged"})
+    ended = {"status": "diverged", "out_dir": "runs/none"}
+    monkeypatch.setattr(fewbits.train.trainer, "train", lambda *a, **k: ended)
     assert run(["train"]) == 3
+
+
+def test_a_training_ends_with_its_page(texts, tmp_path, capsys):
+    folder = tmp_path / "run"
+    tiny = "--n_layer 1 --n_head 1 --n_embd 16 --context 16 --batch_size 2 --max_steps 2 --tokenizer bytes"
+    where = ["--data", str(texts), "--out_dir", str(folder), "--device", "cpu"]
+    assert run(["train", *tiny.split(), "--precision", "fp32", "--eval_batches", "1", *where]) == 0
+    assert "<svg" in (folder / "report.html").read_text(encoding="utf-8")
+    assert "report.html" in capsys.readouterr().out.replace("\n", "")
 
 
 def test_a_console_that_cannot_show_a_character_gets_a_plain_one():
