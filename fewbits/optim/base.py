@@ -18,6 +18,7 @@ from fewbits.errors import FewbitsError
 from fewbits.numerics.update import wide_dtype
 from fewbits.optim import engine, master, moments, sharding
 from fewbits.optim.sharding import local
+from fewbits.precision.kinds import check_master, check_moments
 
 Scalar = float | Tensor
 
@@ -49,9 +50,8 @@ class Optimizer(torch.optim.Optimizer):
         moments: str = "fp32",
         compile: bool | str = "auto",
     ) -> None:
-        _check_kinds(master, moments)
-        self.master = master
-        self.moments = moments
+        self.master = check_master(master)
+        self.moments = check_moments(moments)
         self.compile = compile
         params = [params] if isinstance(params, Tensor) else list(params)
         if not params:
@@ -232,8 +232,7 @@ class Optimizer(torch.optim.Optimizer):
         differ in memory only. Raises FewbitsError if one keeps exact weights and the other none, or if state of
         another kind exists.
         """
-        _check_kinds(kind, self.moments)
-        settled = "auto" if kind == "split" else kind  # auto is split, and fp32 for a parameter in fp16
+        settled = "auto" if check_master(kind) == "split" else kind  # auto is split, and fp32 for a parameter in fp16
         for group in self.param_groups:
             for parameter in group["params"]:
                 wanted, had = master.kind_for(settled, parameter.dtype), self.master_kind(parameter)
@@ -422,11 +421,6 @@ class Optimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         names = ("master", "moments", "compile", "execution", "applied_steps", "_one", "_constants")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
-
-
-def _check_kinds(master_kind: str, moment_kind: str) -> None:
-    master.check_kind(master_kind)
-    moments.check_kind(moment_kind)
 
 
 def check_number(name: str, value: Any) -> None:

@@ -6,23 +6,13 @@ device. Scales are powers of two: multiplying and dividing by them is exact with
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewbits.errors import FewbitsError, nearest
-
-
-def _power_of_two(name: str, value: float) -> float:
-    value = float(value)
-    if not (math.isfinite(value) and value > 0 and math.frexp(value)[0] == 0.5 and -126 <= math.log2(value) <= 127):
-        raise FewbitsError(
-            f"{name}={value:g} is not a power of two from 2^-126 to 2^127, so unscaling would not be exact; "
-            "use one such as 1024 or 65536."
-        )
-    return value
+from fewbits.errors import FewbitsError
+from fewbits.precision.loss_scale import dynamic, power_of_two, read, write
 
 
 class LossScale:
@@ -65,7 +55,7 @@ class LossScale:
                 f"the saved {self.kind} loss scale has {', '.join(sorted(state))}; "
                 f"expected {', '.join(sorted(['kind', *buffers]))}."
             )
-        _power_of_two("the saved loss scale", state["value"])
+        power_of_two("the saved loss scale", state["value"])
         for name, buffer in buffers.items():
             buffer.fill_(state[name])
 
@@ -94,10 +84,10 @@ class StaticScale(LossScale):
     kind = "static"
 
     def __init__(self, value: float) -> None:
-        self.value = torch.tensor(_power_of_two("the static loss scale", value))
+        self.value = torch.tensor(power_of_two("the static loss scale", value))
 
     def __str__(self) -> str:
-        return f"static:{self.value.item():g}" if self.value.item() < 1 else f"static:{int(self.value.item())}"
+        return write(self.kind, {"value": self.value.item()})
 
 
 class DynamicScale(LossScale):
@@ -106,7 +96,7 @@ class DynamicScale(LossScale):
     `hysteresis` h: the first h - 1 overflows since the last growth only restart the count of finite steps; from the
     h-th on each one backs off (as Megatron-LM and Apex do; 1 backs off at once, as torch.amp.GradScaler does).
     Defaults: Micikevicius et al. 2018 and torch.amp, plus a floor (a scale that sinks below 1 cures nothing) and a
-    ceiling.
+    ceiling. Raises FewbitsError for numbers that do not fit together.
     """
 
     kind = "dynamic"
@@ -121,21 +111,11 @@ class DynamicScale(LossScale):
         ceiling: float = 2.0**24,
         hysteresis: int = 1,
     ) -> None:
-        self.initial = _power_of_two("initial", initial)
-        self.growth = _power_of_two("growth", growth)
-        self.backoff = _power_of_two("backoff", backoff)
-        self.floor = _power_of_two("floor", floor)
-        self.ceiling = _power_of_two("ceiling", ceiling)
-        self.interval, self.hysteresis = _count("interval", interval), _count("hysteresis", hysteresis)
-        if not (self.growth >= 1 and self.backoff < 1):
-            raise FewbitsError(
-                f"growth={growth:g} and backoff={backoff:g} do not fit; use growth of at least 1 (2 is usual) and a "
-                "backoff below 1 (0.5)."
-            )
-        if not self.floor <= self.initial <= self.ceiling:
-            raise FewbitsError(
-                f"initial={initial:g} lies outside floor={floor:g} to ceiling={ceiling:g}; move one of them."
-            )
+        powers = {"initial": initial, "growth": growth, "backoff": backoff, "floor": floor, "ceiling": ceiling}
+        self.options = options = dynamic({**powers, "interval": interval, "hysteresis": hysteresis})
+        self.initial, self.growth, self.backoff = options["initial"], options["growth"], options["backoff"]
+        self.floor, self.ceiling = options["floor"], options["ceiling"]
+        self.interval, self.hysteresis = int(options["interval"]), int(options["hysteresis"])
         self.value = torch.tensor(self.initial)
         self.good_steps = torch.zeros((), dtype=torch.int64)
         self.hysteresis_left = torch.tensor(self.hysteresis, dtype=torch.int64)
@@ -164,28 +144,7 @@ class DynamicScale(LossScale):
         return {"value": self.value, "good_steps": self.good_steps, "hysteresis_left": self.hysteresis_left}
 
     def __str__(self) -> str:
-        given = {
-            name: getattr(self, name) for name in _DYNAMIC_DEFAULTS if getattr(self, name) != _DYNAMIC_DEFAULTS[name]
-        }
-        text = ",".join(f"{name}={value:.17g}" for name, value in given.items())
-        return f"dynamic:{text}" if text else "dynamic"
-
-
-_DYNAMIC_DEFAULTS: dict[str, float] = {
-    "initial": 2.0**16,
-    "growth": 2.0,
-    "backoff": 0.5,
-    "interval": 2000,
-    "floor": 1.0,
-    "ceiling": 2.0**24,
-    "hysteresis": 1,
-}
-
-
-def _count(name: str, value: int) -> int:
-    if int(value) != value or value < 1:
-        raise FewbitsError(f"{name}={value!r} does not fit; use a whole number of steps, 1 or more.")
-    return int(value)
+        return write(self.kind, self.options)
 
 
 def parse(text: str) -> LossScale:
@@ -196,33 +155,9 @@ def parse(text: str) -> LossScale:
     >>> parse("dynamic:initial=1024, interval=100")
     DynamicScale(dynamic:initial=1024,interval=100)
     """
-    kind, _, rest = text.strip().partition(":")
-    kinds = ("none", "static", "dynamic")
-    if kind not in kinds:
-        raise FewbitsError(f"loss scale {text!r} is unknown; use none, static:1024 or dynamic.{nearest(kind, kinds)}")
+    kind, numbers = read(text)
     if kind == "none":
-        if rest:
-            raise FewbitsError(f"loss scale {text!r}: none takes no value; use none, or static:{rest}.")
         return NoScale()
     if kind == "static":
-        return StaticScale(_number("static", rest or "missing"))
-    options: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in rest.split(","))):
-        name, equals, value = (piece.strip() for piece in item.partition("="))
-        if not equals or name not in _DYNAMIC_DEFAULTS:
-            hint = nearest(name, _DYNAMIC_DEFAULTS)
-            raise FewbitsError(
-                f"loss scale {text!r}: {item!r} is no option of dynamic; use {', '.join(_DYNAMIC_DEFAULTS)} "
-                f"as name=value.{hint}"
-            )
-        options[name] = _number(name, value)
-    return DynamicScale(**options)
-
-
-def _number(name: str, text: str) -> float:
-    """A number, or a power such as 2**16 or 2^16."""
-    base, power, exponent = text.replace("**", "^").partition("^")
-    try:
-        return float(base) ** float(exponent) if power else float(base)
-    except (ValueError, OverflowError):
-        raise FewbitsError(f"loss scale: {name}={text!r} is not a number; use one such as 1024 or 2**16.") from None
+        return StaticScale(numbers["value"])
+    return DynamicScale(**numbers)  # type: ignore[arg-type]  # interval and hysteresis are whole

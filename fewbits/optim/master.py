@@ -13,28 +13,18 @@ for.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
-from fewbits.errors import FewbitsError, nearest
+from fewbits.errors import FewbitsError
+from fewbits.formats import Format
 from fewbits.numerics.update import join_master, round_away, split_into, split_master, wide_dtype
 from fewbits.optim import sharding
+from fewbits.precision.kinds import master_of
 
-MASTER_KINDS = ("auto", "fp32", "split", "none")
-LATER_KINDS = ("split8", "kahan", "stochastic")
 STATE_DTYPES = {"fp32": torch.float32, "split": torch.int16}
-_AUTO = {torch.bfloat16: "split", torch.float16: "fp32"}
-
-
-def check_kind(kind: str) -> str:
-    """`kind` itself, or FewbitsError."""
-    if kind in LATER_KINDS:
-        raise FewbitsError(f"master={kind!r} is not in this version; use auto, fp32, split or none.")
-    if kind not in MASTER_KINDS:
-        raise FewbitsError(
-            f"master={kind!r} is unknown; use auto, fp32, split or none.{nearest(str(kind), MASTER_KINDS)}"
-        )
-    return kind
 
 
 def waiting_remainder(parameter: Tensor) -> Tensor | None:
@@ -61,20 +51,14 @@ def drop_remainder(parameter: Tensor) -> None:
             delattr(parameter, name)
 
 
+@cache
 def kind_for(kind: str, dtype: torch.dtype) -> str:
     """What a parameter of `dtype` keeps when the optimizer was asked for `kind`: "fp32", "split" or "none"."""
     if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise FewbitsError(
             f"a parameter has dtype {dtype}; the optimizers update bf16, fp16, fp32 and fp64 parameters."
         )
-    if kind == "split" and dtype == torch.float16:
-        raise FewbitsError(
-            "master='split' is for bf16 weights and a parameter is fp16, whose 5 exponent bits cannot carry an fp32 "
-            "master; use master='fp32' or 'auto'."
-        )
-    if dtype not in _AUTO:
-        return "none"
-    return _AUTO[dtype] if kind == "auto" else kind
+    return master_of(kind, Format.parse(dtype))
 
 
 def read(kind: str, working: Tensor, master: Tensor | None) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,11 +12,8 @@ from typing import Any
 from fewbits.choice import Choice
 from fewbits.errors import FewbitsError, nearest
 from fewbits.formats import FORMATS, Format
-
-MASTERS = ("auto", "fp32", "split", "none")
-_LATER_MASTERS = ("split8", "kahan", "stochastic")
-_LATER_MOMENTS = ("bf16", "int8", "fp8", "int4")
-_SCALE_OPTIONS = ("initial", "growth", "backoff", "interval", "floor", "ceiling", "hysteresis")
+from fewbits.precision.kinds import check_master, master_of
+from fewbits.precision.loss_scale import read, write
 
 
 @dataclass(frozen=True)
@@ -49,12 +45,11 @@ class Precision:
     loss_scale: str = "none"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "loss_scale", _normal_loss_scale(self.loss_scale))
+        object.__setattr__(self, "loss_scale", write(*read(self.loss_scale)))
         _check_master(self)
         wide = "fp64" if self.working.name == "fp64" else "fp32"
         if self.moments != wide:
-            later = " Other kinds of moments are not in this version." if self.moments in _LATER_MOMENTS else ""
-            raise FewbitsError(f"{self.name} keeps its moments in {wide}, not '{self.moments}'.{later}")
+            raise FewbitsError(f"{self.name} keeps its moments in {wide} in this version, not '{self.moments}'.")
         if self.update_rounding != "nearest":
             raise FewbitsError(f"update_rounding is 'nearest' in this version, not '{self.update_rounding}'.")
 
@@ -111,9 +106,10 @@ class Precision:
             return Choice("none", f"{self.name} keeps no exact weights; updates are rounded to nearest, ties away")
         if self.master != "auto":
             return Choice(self.master, "asked for")
-        if self.working.name == "bf16":
-            return Choice("split", "bf16 and a 16-bit remainder hold fp32 exactly")
-        return Choice("fp32", f"{self.working} has too few exponent bits for a split master")
+        kind = master_of("auto", self.working)
+        if kind == "split":
+            return Choice(kind, f"{self.working} and a 16-bit remainder hold fp32 exactly")
+        return Choice(kind, f"{self.working} has too few exponent bits for a split master")
 
     def to_json(self) -> dict[str, str]:
         """Every field as text, with the schema version; `from_json` reads it back."""
@@ -186,60 +182,13 @@ def _named(text: str) -> Precision:
 
 
 def _check_master(precision: Precision) -> None:
-    master, working = precision.master, precision.working.name
-    if master in _LATER_MASTERS:
-        raise FewbitsError(f"master={master} is not in this version; it has {', '.join(MASTERS)}.")
-    if master not in MASTERS:
-        raise FewbitsError(f"There is no master kind '{master}'.{nearest(master, MASTERS)} Use {', '.join(MASTERS)}.")
-    if master == "split" and working == "fp16":
-        raise FewbitsError(
-            f"{precision.name} cannot split its masters: fp16 has too few exponent bits; use master=fp32."
-        )
+    master, working = check_master(precision.master), precision.working.name
+    master_of(master, precision.working)
     if (master == "split" and working != "bf16") or (master == "fp32" and working == "fp64"):
         raise FewbitsError(f"{precision.name} needs no {master} masters: its weights are exact; use master=auto.")
     if master in ("fp32", "split") and precision.is_true:
         mixed = precision.name.replace("-true", "-mixed")
         raise FewbitsError(f"{precision.name} keeps no masters, so master={master} contradicts it; use {mixed}.")
-
-
-def _normal_loss_scale(text: str) -> str:
-    """The loss scale in its one spelling: no spaces, integers without a point. Raises FewbitsError."""
-    kind, colon, rest = text.replace(" ", "").lower().partition(":")
-    if kind in ("none", "dynamic") and not colon:
-        return kind
-    if kind == "static" and rest:
-        return f"static:{_power_of_two(rest, text)}"
-    if kind == "dynamic" and rest:
-        return "dynamic:" + ",".join(_scale_option(option, text) for option in rest.split(","))
-    raise FewbitsError(
-        f"'{text}' is no loss scale.{nearest(kind, ('none', 'static', 'dynamic'))} "
-        "Write none, static:1024, dynamic or dynamic:initial=65536,interval=2000."
-    )
-
-
-def _scale_option(option: str, text: str) -> str:
-    key, _, value = option.partition("=")
-    if key not in _SCALE_OPTIONS:
-        raise FewbitsError(
-            f"'{option}' in loss scale '{text}' is not an option.{nearest(key, _SCALE_OPTIONS)} "
-            f"Options are {', '.join(_SCALE_OPTIONS)}."
-        )
-    if key in ("interval", "hysteresis"):
-        if not value.isdigit() or int(value) < 1:
-            raise FewbitsError(f"{key}={value} in loss scale '{text}' has to be a whole number of steps, 1 or more.")
-        return f"{key}={int(value)}"
-    return f"{key}={_power_of_two(value, text)}"
-
-
-def _power_of_two(value: str, text: str) -> str:
-    try:
-        base, power, exponent = value.replace("**", "^").partition("^")
-        number = float(base) ** int(exponent) if power else float(base)
-    except (ValueError, OverflowError, ZeroDivisionError):
-        number = math.nan
-    if not 2.0**-126 <= number <= 2.0**127 or math.frexp(number)[0] != 0.5:
-        raise FewbitsError(f"'{value}' in loss scale '{text}' is not a power of two such as 1024 or 0.5.")
-    return str(int(number)) if number >= 1 else repr(number)
 
 
 PRECISIONS: dict[str, Precision] = {

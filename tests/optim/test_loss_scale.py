@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from fewbits.errors import FewbitsError
 from fewbits.optim.loss_scale import DynamicScale, LossScale, NoScale, StaticScale, parse
+from fewbits.precision.loss_scale import DYNAMIC
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 
@@ -81,6 +83,21 @@ def test_defaults_are_those_of_mixed_precision_training():
     assert scale.value.item() == 65536
 
 
+def test_text_and_signature_have_the_same_defaults():
+    signature = inspect.signature(DynamicScale).parameters
+    assert {name: parameter.default for name, parameter in signature.items()} == DYNAMIC
+
+
+def test_held_steps_change_nothing():
+    scale = DynamicScale(initial=8, interval=1)
+    before = scale.state_dict()
+    for finite in (YES, NO):
+        scale.update_(finite, hold=YES)
+        assert scale.state_dict() == before
+    scale.update_(YES, hold=NO)
+    assert scale.value.item() == 16
+
+
 def test_scale_neither_sinks_below_the_floor_nor_grows_beyond_the_ceiling():
     scale = DynamicScale(initial=4, floor=2, ceiling=8, interval=1)
     for _ in range(5):
@@ -140,7 +157,7 @@ def test_text_may_say_powers_and_spaces():
         (lambda: DynamicScale(interval=0), "interval=0"),
         (lambda: DynamicScale(hysteresis=1.5), "hysteresis=1.5"),  # type: ignore[arg-type]
         (lambda: parse("dinamic"), "Did you mean 'dynamic'"),
-        (lambda: parse("static"), "not a number"),
+        (lambda: parse("static"), "static:1024"),
         (lambda: parse("static:many"), "not a number"),
         (lambda: parse("none:3"), "takes no value"),
         (lambda: parse("dynamic:intervall=3"), "Did you mean 'interval'"),

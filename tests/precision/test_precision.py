@@ -108,6 +108,7 @@ def test_precisions_of_later_versions_say_so(name):
         ("fp16, loss_scale=dynamc", "Did you mean 'dynamic'"),
         ("fp16, loss_scale=dynamic:intervall=5", "Did you mean 'interval'"),
         ("fp16, loss_scale=dynamic:interval=0", "1 or more"),
+        ("fp16, loss_scale=dynamic:initial=1,floor=2", "outside"),
     ],
 )
 def test_a_mistake_is_one_sentence_that_helps(text, message):
@@ -118,6 +119,7 @@ def test_a_mistake_is_one_sentence_that_helps(text, message):
 def test_equal_loss_scales_have_one_spelling():
     assert Precision.parse("fp16, loss_scale=static:2**10") == Precision.parse("fp16, loss_scale=static: 1024.0")
     assert Precision.parse("bf16, loss_scale=dynamic:initial=2^10").loss_scale == "dynamic:initial=1024"
+    assert Precision.parse("fp16, loss_scale=dynamic:interval=2000") == Precision.parse("fp16")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewbits.errors import FewbitsError
+from fewbits.optim.clip import CLIP_KINDS
+from fewbits.optim.schedule import SCHEDULE_KINDS
+from fewbits.precision.kinds import MASTERS, MOMENTS
 from fewbits.train.aliases import CONVERSIONS, RENAMES, apply_options, canonical, spellings
 from fewbits.train.config import Config, full_name, load_recipe, options, override, recipes, short_names
 from fewbits.train.fields import Option
@@ -260,3 +263,9 @@ def test_a_training_larger_than_the_machine_is_refused_before_it_starts():
     refuse_oversize(config, 10**12)
     with pytest.raises(FewbitsError, match=r"8\.0 GiB"):
         refuse_oversize(config, 8 * 2**30)
+
+
+def test_the_kinds_that_options_offer_are_those_that_exist():
+    offered = {name: options()[name].choices for name in ("optim.master", "optim.moments", "optim.schedule")}
+    assert offered == {"optim.master": MASTERS, "optim.moments": MOMENTS, "optim.schedule": SCHEDULE_KINDS}
+    assert options()["optim.clip_kind"].choices == CLIP_KINDS
