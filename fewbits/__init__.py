@@ -32,6 +32,7 @@ _HOME = {
     "compare": "fewbits.lab.compare",
 }
 __all__ = [
+    "SGD",
     "Adam",
     "AdamW",
     "Choice",
@@ -41,7 +42,6 @@ __all__ = [
     "ModelConfig",
     "NoScale",
     "Precision",
-    "SGD",
     "Schedule",
     "StaticScale",
     "Step",

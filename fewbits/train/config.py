@@ -31,7 +31,7 @@ class DataConfig:
     data: str = "python"
     """Text to learn: `python` (the standard library's source), `python-all` (every installed package's), a .txt or .jsonl file, or a folder of them."""  # noqa: E501
     tokenizer: str = "bpe:4096"
-    """`bpe:N` trains a byte-level BPE of N tokens, `bytes` and `chars` are what they say, or the path of a tokenizer.json."""  # noqa: E501
+    """`bpe:N` trains a byte-level BPE of N tokens, `bytes` and `chars` are what they say, or the path of a tokenizer.json."""
     encoding: str | None = None
     """Encoding of the text files, such as gb18030; none recognizes UTF-8, UTF-16 with a mark, and GB18030."""
     mask_documents: bool = False
@@ -73,7 +73,7 @@ class OptimConfig:
     clip: float = field(default=1.0, metadata=limits(0, 1e30))
     """Gradients are clipped to this; 0 clips nothing."""
     clip_kind: Literal["norm", "inf", "value"] = "norm"
-    """What is clipped: the global 2-norm, the largest element (the whole gradient rescaled), or each element by itself."""  # noqa: E501
+    """What is clipped: the global 2-norm, the largest element (the whole gradient rescaled), or each element by itself."""
     loss_scale: str = "auto"
     """`auto` follows the precision; or none, dynamic, static:1024, dynamic:initial=65536,interval=2000,floor=1."""
 

@@ -169,6 +169,7 @@ def test_resume_takes_the_config_of_the_run_and_the_options_given_beside_it(trai
     (config, resume), (_, exact) = trained
     assert (config.train.seed, config.train.keep) == (9, 7)
     assert (resume, exact) == (tmp_path, checkpoint)
+    capsys.readouterr()
     assert "leave out 'nano'" in refused(capsys, "train", "nano", "--resume", str(tmp_path))
 
 
