@@ -294,12 +294,14 @@ def _choose_determinism(
         return Choice(True, "a CPU always gives the same bits for the same number of threads")
     if not config.train.deterministic:
         return Choice(False, "without --deterministic what is restored is exact, later sums may differ in order")
-    free = trials.race([(precision, compile)])[0]
+    runner = [(precision, compile)]
+    trials.race(runner)  # a device that was idle is slow at first, which would be counted as the price of freedom
+    free = trials.race(runner)[0]
     trials.clear()
     with determinism(True):
-        bound = trials.race([(precision, compile)])[0]
-    price = f"{100 * (bound / free - 1):+.0f} % ({1000 * free:.4g} to {1000 * bound:.4g} ms a step)"
-    return Choice(True, f"--deterministic; its price: {price}")
+        bound = trials.race(runner)[0]
+    price = f"{100 * (bound / free - 1):+.0f} %" if bound > free else "none that shows"
+    return Choice(True, f"--deterministic; its price: {price} ({1000 * free:.4g} to {1000 * bound:.4g} ms a step)")
 
 
 def prepare_determinism() -> None:
