@@ -10,7 +10,8 @@ import torch
 
 @contextmanager
 def keyed_random(device: torch.device, *key: int) -> Iterator[None]:
-    """Within, torch's default generators start from `key` alone; their state of before comes back afterwards.
+    """Within, torch's default generators (the CPU's and that of `device`) start from `key` alone; their state of before
+    comes back afterwards.
 
     Nothing hangs on a generator's past: a resumed run draws what the uninterrupted one drew. On CUDA the state of a
     generator is held by the host, so nothing waits.
@@ -19,7 +20,11 @@ def keyed_random(device: torch.device, *key: int) -> Iterator[None]:
     for part in key:
         mixed = _mix(mixed ^ (part & _MASK))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(mixed >> 1)
+        # not torch.manual_seed, which would reseed every other GPU too and never put those back
+        torch.default_generator.manual_seed(mixed >> 1)
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            torch.cuda.default_generators[index].manual_seed(mixed >> 1)
         yield
 
 
