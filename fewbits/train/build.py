@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from fewbits.data.cache import Progress, cache_folder, silent
 from fewbits.data.corpus import Corpus, open_corpus
 from fewbits.data.tokenizer import Tokenizer, build_tokenizer
 from fewbits.data.tokens import TokenStore
+from fewbits.errors import FewbitsError
+from fewbits.nn import remainder
 from fewbits.nn.prepare import prepare
 from fewbits.nn.transformer import Transformer
 from fewbits.optim.adamw import Adam, AdamW
@@ -95,7 +97,13 @@ def open_data(config: Config, progress: Progress = silent) -> Data:
     cache = cache_folder(data.cache)
     corpus = open_corpus(data.data, data.encoding)
     tokenizer = build_tokenizer(data.tokenizer, corpus, cache, progress)
-    return Data(corpus, tokenizer, TokenStore.open_or_build(corpus, tokenizer, cache, progress))
+    store = TokenStore.open_or_build(corpus, tokenizer, cache, progress)
+    if len(store.val) < 2:
+        raise FewbitsError(
+            f"Nothing of {corpus.name!r} can be held out for evaluation: it is one document, or nearly empty. Name more "
+            "text, or put it into a .txt file, whose last lines are held out."
+        )
+    return Data(corpus, tokenizer, store)
 
 
 def build_training(config: Config, choices: Choices, data: Data | None = None) -> Training:
@@ -155,9 +163,7 @@ def move(model: nn.Module, device: torch.device) -> None:
     for name, parameter in model.named_parameters():
         if name in remainders:
             remainders[name] = remainders[name].to(device)
-            attributes: Any = parameter
-            attributes.fewbits_remainder = remainders[name]
-            attributes.fewbits_version = parameter._version
+            remainder.leave(parameter, remainders[name])
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig, compile: bool) -> Optimizer:

@@ -334,6 +334,16 @@ def test_the_default_directory_is_numbered_by_recipe(
         assert (tmp_path / "runs" / f"nano-{number}" / "summary.json").exists()
 
 
+def test_text_that_leaves_nothing_to_evaluate_on_is_refused_before_anything_is_trained(
+    tiny: Make, tmp_path: Path
+) -> None:
+    one = tmp_path / "one.jsonl"
+    one.write_text(json.dumps({"text": "a single document. " * 100}) + "\n")
+    with pytest.raises(FewbitsError, match="held out"):
+        train(tiny(data=str(one)), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_several_ranks_are_refused(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(FewbitsError, match="2 ranks"):
