@@ -17,8 +17,8 @@ from fewbits.errors import FewbitsError
 from fewbits.nn.emulate import emulation, needed
 from fewbits.nn.transformer import Transformer
 from fewbits.numerics.loss import IGNORE, gradient_factor
-from fewbits.numerics.norm import widen
 from fewbits.numerics.random import keyed_random
+from fewbits.numerics.wide import widen
 from fewbits.optim.base import Optimizer
 from fewbits.optim.clip import check_kind, coefficient, measure
 from fewbits.optim.loss_scale import LossScale, parse

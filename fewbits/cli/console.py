@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewbits.errors import FewbitsError, nearest
+from fewbits.train.rundir import run_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,9 +25,8 @@ def find_run(text: str) -> Path:
     A checkpoint inside a run leads to its run.
     """
     for start in (Path(text), Path("runs") / text):
-        for folder in (start, *start.absolute().parents[:2]):
-            if (folder / "config.toml").is_file():
-                return folder
+        if (folder := run_of(start)) is not None:
+            return folder
     known = [str(path.parent) for path in sorted(Path("runs").glob("*/config.toml"))]
     listed = f" There are {', '.join(known[-5:])}.{nearest(text, known)}" if known else ""
     if Path(text).exists():

@@ -18,6 +18,7 @@ import click
 
 from fewbits import __version__
 from fewbits.errors import FewbitsError, nearest
+from fewbits.train.ranks import refuse_ranks
 
 # command -> (module, one line of help); the module holds a click command of the same name
 COMMANDS = {
@@ -102,7 +103,8 @@ def run(arguments: Sequence[str]) -> int:
     """Runs one command line; its exit code: 0 done, 1 crashed, 2 misuse, 3 diverged, 130 interrupted."""
     with _forgiving(sys.stdout), _forgiving(sys.stderr), _short_warnings():
         try:
-            _refuse_ranks(arguments)
+            if "--help" not in arguments:
+                refuse_ranks()
             result = fewbits.main(list(arguments), prog_name="fewbits", standalone_mode=False)
             sys.stdout.flush()
             return result if isinstance(result, int) else 0
@@ -167,17 +169,6 @@ def _no_such_option(error: click.NoSuchOption) -> str:
     path = error.ctx.command_path if error.ctx is not None else "fewbits"
     word = f"--{underscores(error.option_name.lstrip('-'))}"
     return f"There is no option {error.option_name!r}.{nearest(word, known)} See {path} --help."
-
-
-def _refuse_ranks(arguments: Sequence[str]) -> None:
-    """This version trains in one process; several ranks all say so instead of racing for one run directory."""
-    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        ranks = os.environ.get(name, "")
-        if ranks.isdecimal() and int(ranks) > 1 and "--help" not in arguments:
-            raise FewbitsError(
-                f"Started on {ranks} ranks ({name}={ranks}), and this version of fewbits trains on one device. "
-                "Start it as one process, without torchrun or mpirun."
-            )
 
 
 @contextmanager

@@ -14,8 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fewbits.data.packing import IGNORED, NO_DOCUMENT, document_ids
+from fewbits.data.packing import NO_DOCUMENT, document_ids
 from fewbits.errors import FewbitsError
+from fewbits.numerics.loss import IGNORE
 
 ROUNDS = 6  # of the Feistel network; four already make neighbours independent
 CHECK_AT_ONCE = 1 << 24  # tokens looked at together when ids are checked: bounds the memory
@@ -187,7 +188,7 @@ def _filled(
 def _extend(value: Tensor, shape: tuple[int, int], name: str) -> Tensor:
     if value.shape == shape:
         return value
-    filler = {"labels": IGNORED, "documents": NO_DOCUMENT}.get(name, 0)
+    filler = {"labels": IGNORE, "documents": NO_DOCUMENT}.get(name, 0)
     filled = torch.full(shape, filler, dtype=value.dtype)
     filled[: value.shape[0], : value.shape[1]] = value
     return filled
@@ -202,7 +203,7 @@ def _windows(
     if masked:
         documents, positions = document_ids(starts, first, length + 1)
         if not separated:  # what follows is the next document's first word, which this one cannot know
-            labels[documents[:, 1:] != documents[:, :-1]] = IGNORED
+            labels[documents[:, 1:] != documents[:, :-1]] = IGNORE
         found["documents"] = torch.from_numpy(np.ascontiguousarray(documents[:, :-1]))
         found["positions"] = torch.from_numpy(np.ascontiguousarray(positions[:, :-1]))
     return found

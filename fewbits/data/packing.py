@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import FewbitsError
+from fewbits.numerics.loss import IGNORE
 
-IGNORED = -100  # a label that no loss counts
 NO_DOCUMENT = -1  # the document id of padding; padding sees padding only
 
 Array = npt.NDArray[Any]
@@ -75,7 +75,7 @@ def _parts(documents: Sequence[Array], context: int) -> list[Array]:
 def _rows(rows: list[list[Array]], context: int, padding: int) -> dict[str, Tensor]:
     shape = (len(rows), context)
     inputs = np.full(shape, padding, dtype=np.int64)
-    labels = np.full(shape, IGNORED, dtype=np.int64)
+    labels = np.full(shape, IGNORE, dtype=np.int64)
     documents = np.full(shape, NO_DOCUMENT, dtype=np.int32)
     positions = np.zeros(shape, dtype=np.int64)
     for row, parts in enumerate(rows):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fewbits.kernels.dispatch import emulated
 from fewbits.nn.linear import FORMAT_OF, Linear
 from fewbits.nn.norm import RMSNorm
-from fewbits.numerics.norm import widen
+from fewbits.numerics.wide import widen
 
 
 def rotary_table(context: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.numerics.norm import layer_norm, rms_norm
+from fewbits.numerics.wide import wide_dtype
 
 
 class LayerNorm(nn.LayerNorm):
@@ -26,5 +27,4 @@ class RMSNorm(nn.RMSNorm):
         if len(self.normalized_shape) != 1 or self.weight is None:
             return super().forward(x)
         # torch's default eps is that of the input's format; the statistics here are fp32 or wider
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return rms_norm(x, self.weight, torch.finfo(wide).eps if self.eps is None else self.eps)
+        return rms_norm(x, self.weight, torch.finfo(wide_dtype(x.dtype)).eps if self.eps is None else self.eps)

@@ -17,12 +17,13 @@ from torch.utils._pytree import tree_map
 
 from fewbits.errors import FewbitsError, nearest
 from fewbits.formats import Format
+from fewbits.nn import remainder
 from fewbits.nn.embedding import Embedding
 from fewbits.nn.emulate import emulation, needed
 from fewbits.nn.linear import Linear
 from fewbits.nn.norm import LayerNorm, RMSNorm
 from fewbits.nn.transformer import Transformer
-from fewbits.numerics.rounding import round_to
+from fewbits.numerics.update import round_away, split_master
 from fewbits.precision.precision import Precision
 
 # torch's class -> ours, with what is better about it. Subclasses are left alone: they may mean something else.
@@ -156,20 +157,14 @@ def _round(parameter: nn.Parameter, format: Format, name: str, remainders: dict[
         parameter.data = exact.to(dtype)
         return False
     exact = exact.float()
-    parameter.data = round_to(exact, format, "nearest-away").to(dtype)
+    parameter.data, left = split_master(exact) if dtype == torch.bfloat16 else (round_away(exact, dtype), exact)
     if not torch.isfinite(parameter.data).all():
         raise FewbitsError(
             f"parameter {name} reaches {exact.abs().max():.4g}, beyond {format.name} (max {format.max:.4g}). "
             "Use bf16-mixed, or rescale the model."
         )
-    if dtype == torch.bfloat16:
-        high = parameter.data.view(torch.int16).to(torch.int32) << 16
-        remainder = (exact.view(torch.int32) - high).to(torch.int16)
-    else:
-        remainder = exact
-    remainders[name] = remainder
-    parameter.fewbits_remainder = remainder  # type: ignore[attr-defined]
-    parameter.fewbits_version = parameter._version  # type: ignore[attr-defined]
+    remainders[name] = left
+    remainder.leave(parameter, left)
     return True
 
 

@@ -17,6 +17,7 @@ from fewbits.nn.embedding import Embedding
 from fewbits.nn.head import Pieces, compiled_pieces, loss_sum
 from fewbits.nn.linear import FORMAT_OF, Linear, linear
 from fewbits.nn.norm import LayerNorm, RMSNorm
+from fewbits.numerics.wide import widen
 
 # Beyond these a size is a typing error, not a model (the largest public models stay a factor of 10 below).
 _LARGEST = {"vocab_size": 10_000_000, "context": 10_000_000, "n_layer": 10_000, "n_head": 10_000, "n_embd": 1_000_000}
@@ -283,8 +284,7 @@ class Transformer(nn.Module):
     def forward(self, input_ids: Tensor, documents: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] in fp32 (fp64 for fp64)."""
         hidden = self.hidden(input_ids, documents, positions)
-        logits = linear(hidden, self.head_weight, None, self.tf32)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return widen(linear(hidden, self.head_weight, None, self.tf32))
 
     def loss_sum(self, micro_batch: Mapping[str, Tensor]) -> Tensor:
         """Sum of the losses in nats over the real targets of {"input_ids", "labels", "documents"?, "positions"?}."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbits.numerics.norm import widen
+from fewbits.numerics.wide import widen
 
 
 class _Embedding(torch.autograd.Function):

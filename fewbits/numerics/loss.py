@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fewbits.numerics.matmul import onednn_bf16, operand
-from fewbits.numerics.norm import widen
+from fewbits.numerics.wide import wide_dtype, widen
 
 IGNORE = -100  # label of a position that is no target: torch's convention
 
@@ -114,7 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         product: _Product,
         pieces: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
     ) -> Tensor:
-        wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(hidden_ND.dtype)
         losses_N = hidden_ND.new_empty(labels_N.shape, dtype=wide)
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide)
@@ -159,8 +159,7 @@ def linear_cross_entropy(
     rows = piece_rows(labels_N.shape[0], weight_VD.shape[0], hidden_ND.device.type)
     product = _Product(weight_VD, tf32, narrow_inside)
     if torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad):
-        wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-        announced = _FACTOR.get()
+        announced, wide = _FACTOR.get(), wide_dtype(hidden_ND.dtype)
         factor = torch.ones((), dtype=wide, device=hidden_ND.device) if announced is None else announced.to(wide)
         return _LinearCrossEntropy.apply(  # type: ignore[no-any-return, no-untyped-call]
             hidden_ND, weight_VD, labels_N, factor, rows, product, pieces

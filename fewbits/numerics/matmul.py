@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbits.numerics.norm import widen
 from fewbits.numerics.rounding import cast
+from fewbits.numerics.wide import widen
 
 
 def operand(x: Tensor, tf32: bool) -> Tensor:

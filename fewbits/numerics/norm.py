@@ -11,10 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def widen(x: Tensor) -> Tensor:
-    """`x` in the format of reductions: fp64 stays, everything narrower becomes fp32."""
-    return x if x.dtype == torch.float64 else x.float()
+from fewbits.numerics.wide import widen
 
 
 class _LayerNorm(torch.autograd.Function):

@@ -20,11 +20,6 @@ from fewbits.numerics.rounding import round_to
 BF16_QUIET_NAN = 0x7FC0
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a weight of `dtype` is updated: fp64 for fp64, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def split_master(exact: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 -> (bf16 working weight, int16 remainder), of the same shape, without loss.
 
@@ -46,13 +41,17 @@ def split_into(exact: Tensor, working: Tensor, remainder: Tensor) -> None:
 
 def _halves(exact: Tensor) -> tuple[Tensor, Tensor]:
     """The bits of working weight and remainder as int32 tensors, each within the range of int16."""
-    bits = exact.view(torch.int32)
-    top = (bits + 0x8000).bitwise_right_shift_(16)
-    low = bits - (top << 16)
+    top = _top(exact)
+    low = exact.view(torch.int32) - (top << 16)
     if _may_hold_nan(exact):
         nan = exact != exact
         return top.masked_fill_(nan, BF16_QUIET_NAN), low.masked_fill_(nan, 0)
     return top, low
+
+
+def _top(exact: Tensor) -> Tensor:
+    """The bits of fp32 numbers rounded to bf16, ties away from zero, as int32; those of NaN are not sound."""
+    return (exact.view(torch.int32) + 0x8000).bitwise_right_shift_(16)
 
 
 def _may_hold_nan(exact: Tensor) -> bool:
@@ -74,7 +73,7 @@ def round_away(exact: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == exact.dtype:
         return exact
     if dtype == torch.bfloat16:
-        top = (exact.view(torch.int32) + 0x8000).bitwise_right_shift_(16)
+        top = _top(exact)
         if _may_hold_nan(exact):
             top.masked_fill_(exact != exact, BF16_QUIET_NAN)
         return top.to(torch.int16).view(dtype)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fewbits.choice import Choice
 from fewbits.errors import FewbitsError
-from fewbits.numerics.update import wide_dtype
+from fewbits.nn import remainder
+from fewbits.numerics.wide import wide_dtype
 from fewbits.optim import engine, master, moments, sharding
 from fewbits.optim.sharding import local
 from fewbits.precision.kinds import check_master, check_moments
@@ -199,7 +200,7 @@ class Optimizer(torch.optim.Optimizer):
         if kept is not None:
             state["master"] = torch.zeros_like(parameter, dtype=master.STATE_DTYPES[kind], requires_grad=False)
             local(state["master"]).copy_(kept)
-        master.drop_remainder(parameter)
+        remainder.drop(parameter)
         self.state[parameter] = state
 
     def _rule_and_scalars(
@@ -265,9 +266,9 @@ class Optimizer(torch.optim.Optimizer):
             return None
         if state:
             return local(state["master"])
-        remainder = master.waiting_remainder(parameter)
-        if remainder is not None:
-            return master.from_remainder(kind, working, remainder)
+        left = master.waiting_remainder(parameter)
+        if left is not None:
+            return master.from_remainder(kind, working, left)
         return torch.zeros_like(working, dtype=torch.int16) if kind == "split" else working.float()
 
     @torch.no_grad()
@@ -282,7 +283,7 @@ class Optimizer(torch.optim.Optimizer):
         exact = local(tensor).to(device=working.device, dtype=wide_dtype(working.dtype))
         new_working, kept = master.rounded(kind, exact, working.dtype)
         working.copy_(new_working)
-        master.drop_remainder(parameter)
+        remainder.drop(parameter)
         if kept is not None and self.state.get(parameter):
             local(self.state[parameter]["master"]).copy_(kept)
         elif kept is not None:
@@ -341,7 +342,7 @@ class Optimizer(torch.optim.Optimizer):
             {"state": {}, "param_groups": groups}
         )  # torch would cast the state to the parameter's dtype
         for parameter, state in fresh.items():
-            master.drop_remainder(parameter)
+            remainder.drop(parameter)
             self.state[parameter] = state
         self.applied_steps.copy_(state_dict["applied_steps"])
 
@@ -410,7 +411,7 @@ class Optimizer(torch.optim.Optimizer):
                 fresh[parameter] = self._restored(parameter, groups[parameter], {**own, **saved[name]}, births)
         for _, parameter in named:
             if parameter in fresh:
-                master.drop_remainder(parameter)
+                remainder.drop(parameter)
                 self.state[parameter] = fresh[parameter]
             elif self.state.get(parameter):  # not born in the saved state: its exact weight waits again
                 exact = self.exact_weight(parameter)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import FewbitsError, nearest
+from fewbits.numerics.wide import wide_dtype
 from fewbits.optim import sharding
 
 CLIP_KINDS = ("norm", "inf", "value")
@@ -67,16 +68,12 @@ def _local_norms(tensors: Sequence[Tensor], order: float) -> Tensor:
             if tensor.numel():
                 groups.setdefault(tensor.dtype, []).append(tensor)
         parts = [
-            torch.stack(torch._foreach_norm(group, order, dtype=_sum_dtype(dtype))).double()
+            torch.stack(torch._foreach_norm(group, order, dtype=wide_dtype(dtype))).double()
             for dtype, group in groups.items()
         ]
     else:
         parts = [part for tensor in tensors if tensor.numel() for part in _row_norms(tensor, order)]
     return torch.cat(parts) if parts else torch.zeros(1, dtype=torch.float64, device=tensors[0].device)
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _row_norms(tensor: Tensor, order: float) -> list[Tensor]:
@@ -85,7 +82,7 @@ def _row_norms(tensor: Tensor, order: float) -> list[Tensor]:
         low, high = torch.aminmax(flat)
         return [torch.stack([low, high]).double()]
     whole = flat.numel() // _ROW * _ROW
-    dtype = _sum_dtype(flat.dtype)
+    dtype = wide_dtype(flat.dtype)
     blocks = [block.view(-1, _ROW) for block in torch.split(flat[:whole], 16 * _ROW)] if whole else []
     blocks += [flat[whole:].view(1, -1)] if whole < flat.numel() else []
     # A cast of its own is faster here than vector_norm's dtype argument, and a block of it stays small.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewbits.choice import Choice
 from fewbits.errors import FewbitsError
-from fewbits.numerics.update import wide_dtype
+from fewbits.numerics.wide import wide_dtype
 from fewbits.optim import master
 
 Rule = Callable[[Tensor, Tensor, Sequence[Tensor], Tensor], None]

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from fewbits.errors import FewbitsError
 from fewbits.formats import Format
-from fewbits.numerics.update import join_master, round_away, split_into, split_master, wide_dtype
+from fewbits.nn import remainder
+from fewbits.numerics.update import join_master, round_away, split_into, split_master
+from fewbits.numerics.wide import wide_dtype
 from fewbits.optim import sharding
 from fewbits.precision.kinds import master_of
 
@@ -28,27 +30,19 @@ STATE_DTYPES = {"fp32": torch.float32, "split": torch.int16}
 
 
 def waiting_remainder(parameter: Tensor) -> Tensor | None:
-    """The remainder left on `parameter` (`fewbits_remainder`, on its device), unless the weight has changed since."""
-    remainder = getattr(parameter, "fewbits_remainder", None)
-    if remainder is None or getattr(parameter, "fewbits_version", None) != parameter._version:
+    """The remainder left on `parameter` (local, on its device), unless the weight was changed or converted since."""
+    found = remainder.waiting(parameter)
+    if found is None:
         return None
     fits = (torch.int16, torch.float32) if parameter.dtype == torch.bfloat16 else (torch.float32,)
-    if remainder.shape != parameter.shape or remainder.dtype not in fits or parameter.dtype.itemsize != 2:
-        return None  # the parameter was converted after it was prepared
-    return sharding.local(remainder).to(parameter.device)
+    if found.shape != parameter.shape or found.dtype not in fits or parameter.dtype.itemsize != 2:
+        return None
+    return sharding.local(found).to(parameter.device)
 
 
 def leave_remainder(parameter: Tensor, kept: Tensor) -> None:
     """Leaves `kept` (int16 or fp32, local) on `parameter` until an optimizer makes its state."""
-    parameter.fewbits_remainder = sharding.placed(kept, parameter)  # type: ignore[attr-defined]
-    parameter.fewbits_version = parameter._version  # type: ignore[attr-defined]
-
-
-def drop_remainder(parameter: Tensor) -> None:
-    """Removes what `leave_remainder` or `prepare` left."""
-    for name in ("fewbits_remainder", "fewbits_version"):
-        if hasattr(parameter, name):
-            delattr(parameter, name)
+    remainder.leave(parameter, sharding.placed(kept, parameter))
 
 
 @cache
@@ -86,10 +80,15 @@ def store(kind: str, exact: Tensor, working: Tensor, kept: Tensor | None) -> Non
         working.copy_(round_away(exact, working.dtype))
 
 
-def from_remainder(kind: str, working: Tensor, remainder: Tensor) -> Tensor | None:
-    """What to keep beside `working`, given its remainder: int16 bits (for bf16), or the exact weight itself in fp32."""
+def from_remainder(kind: str, working: Tensor, left: Tensor) -> Tensor | None:
+    """What to keep beside `working`, given its remainder: int16 bits (for bf16), or the exact weight itself in fp32.
+
+    An exact weight whose rounding is no longer the working weight is not used: an edit through `parameter.data`, which
+    no version counter sees, would be undone by it.
+    """
     if kind == "none":
         return None
-    if remainder.dtype == torch.int16:
-        return remainder if kind == "split" else join_master(working, remainder)
-    return split_master(remainder)[1] if kind == "split" else remainder
+    if left.dtype == torch.int16:
+        return left if kind == "split" else join_master(working, left)
+    exact = torch.where(round_away(left, working.dtype) == working, left, working.float())
+    return split_master(exact)[1] if kind == "split" else exact

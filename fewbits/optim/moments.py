@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewbits.numerics.update import wide_dtype
+from fewbits.numerics.wide import wide_dtype
 
 
 def make(parameter: Tensor) -> Tensor:

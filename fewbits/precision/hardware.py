@@ -249,7 +249,7 @@ def _describe_cpu(max_isa: str) -> Hardware:
     present = cpu_features()
     allowed = _allowed(present, max_isa)
     limit = max_isa.upper() if allowed != present else ""
-    return Hardware("cpu", _cpu_name(), None, allowed, limit, time_cpu(("bf16", "fp16")))
+    return Hardware("cpu", cpu_name(), None, allowed, limit, time_cpu(("bf16", "fp16")))
 
 
 def _allowed(features: frozenset[str], max_isa: str) -> frozenset[str]:
@@ -281,7 +281,8 @@ def cpu_features() -> frozenset[str]:
     return frozenset(name for name, probe in probes.items() if getattr(torch.cpu, probe, lambda: False)())
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the operating system calls the processor."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -25,6 +25,7 @@ from fewbits.numerics.loss import IGNORE
 from fewbits.precision.switches import torch_switches
 from fewbits.train.config import Config, DataConfig
 from fewbits.train.opened import open_model
+from fewbits.train.rundir import run_of
 
 
 @contextmanager
@@ -124,8 +125,7 @@ def _trained_on(data: DataConfig) -> str | None:
 
 def run_config(path: Path) -> Config | None:
     """The config of the run that `path` (a run, its checkpoints folder or a checkpoint) belongs to, or None."""
-    for folder in (path, *path.absolute().parents[:2]):
-        if (folder / "config.toml").is_file():
-            text = (folder / "config.toml").read_text(encoding="utf-8")
-            return Config.from_toml(text, source=str(folder / "config.toml"))
-    return None
+    if (folder := run_of(path)) is None:
+        return None
+    file = folder / "config.toml"
+    return Config.from_toml(file.read_text(encoding="utf-8"), source=str(file))

@@ -21,6 +21,7 @@ from typing import Any, TextIO
 import torch
 
 from fewbits.errors import FewbitsError
+from fewbits.precision.hardware import cpu_name
 
 SCHEMA = 1  # of summary.json
 
@@ -89,7 +90,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": cpu_name(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -98,17 +99,6 @@ def environment() -> dict[str, Any]:
         "versions": versions,
         "command": " ".join(sys.argv),
     }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor()
 
 
 class Record:

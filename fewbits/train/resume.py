@@ -13,6 +13,7 @@ from fewbits.train.choices import Choices
 from fewbits.train.config import Config, options
 from fewbits.train.execution import choose_device, choose_execution, prepare_determinism
 from fewbits.train.record import read_lines
+from fewbits.train.rundir import run_of
 
 # What moves no weight, or only says how far to go. Everything else stays what it was when the run began.
 FREE = {"out_dir", "max_steps", "stop_at", "log_every", "eval_every", "eval_batches", "sample_every", "sample_tokens"}
@@ -22,9 +23,8 @@ FREE = {f"train.{name}" for name in FREE} | {"name", "data.cache", "precision"}
 
 def run_folder(path: Path) -> Path:
     """The run directory that `path` (itself, its checkpoints folder or one of its checkpoints) belongs to."""
-    for folder in (path, *path.absolute().parents[:2]):
-        if (folder / "config.toml").is_file():
-            return folder
+    if (folder := run_of(path)) is not None:
+        return folder
     if not path.exists():
         raise FewbitsError(f"{path} does not exist. Name a run directory that `fewbits train` made.")
     found = sorted(entry.name for entry in path.iterdir())[:4] if path.is_dir() else []

@@ -22,6 +22,11 @@ def is_run(folder: Path) -> bool:
     return (folder / "config.toml").is_file()
 
 
+def run_of(path: Path) -> Path | None:
+    """The run directory that `path` (itself, its checkpoints folder or one of its checkpoints) belongs to, or None."""
+    return next((folder for folder in (path, *path.absolute().parents[:2]) if is_run(folder)), None)
+
+
 def check_writable(folder: Path) -> None:
     """Raises FewbitsError when `folder`, or the nearest existing folder above it, cannot be written. Makes nothing."""
     place = folder.absolute()

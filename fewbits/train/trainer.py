@@ -31,6 +31,7 @@ from fewbits.train.events import Display, show_summary
 from fewbits.train.execution import check_device, choose_execution, determinism
 from fewbits.train.generate import sample
 from fewbits.train.memory import MemoryMeter
+from fewbits.train.ranks import refuse_ranks
 from fewbits.train.record import Record, environment, write_atomically
 from fewbits.train.resume import continued, first_choices, has_checkpoint, load_for_resume, recorded_choices, run_folder
 from fewbits.train.rundir import Lock, check_free, check_writable, next_free
@@ -54,7 +55,7 @@ def train(
     Raises:
         FewbitsError: something the user can put right, before anything is written where that can be known.
     """
-    _refuse_ranks()
+    refuse_ranks()
     display = Display(console, quiet)
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())  # a resumed run takes the number it began with
@@ -72,14 +73,6 @@ def train(
 def exit_code(summary: dict[str, Any]) -> int:
     """The exit code that belongs to a summary: 0, 3 for a diverged run, 128 + signal for one that a signal stopped."""
     return {"SIGINT": 130, "SIGTERM": 143}.get(summary.get("reason", ""), EXIT[summary["status"]])
-
-
-def _refuse_ranks() -> None:
-    ranks = os.environ.get("WORLD_SIZE", "")
-    if ranks.isdecimal() and int(ranks) > 1:
-        raise FewbitsError(
-            f"Started on {ranks} ranks (WORLD_SIZE), and this version trains on one device. Start it as one process."
-        )
 
 
 def _fresh(config: Config, display: Display, stack: ExitStack) -> tuple[Training, Path]:

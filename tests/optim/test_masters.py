@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
+from fewbits.nn.remainder import leave
 from fewbits.numerics.update import round_away
 from fewbits.optim.adamw import Adam, AdamW
 from fewbits.optim.base import Optimizer
@@ -150,6 +151,14 @@ def test_remainder_of_a_weight_that_was_changed_since_is_not_used():
         parameter.mul_(2)
     optimizer = AdamW([parameter])
     assert torch.equal(optimizer.exact_weight(parameter), parameter.float())
+
+
+def test_a_weight_edited_through_data_is_not_undone_by_its_remainder():
+    # parameter.data has a version counter of its own, so only the values can tell
+    parameter = torch.nn.Parameter(torch.ones(3, dtype=torch.float16))
+    leave(parameter, torch.tensor([1.0 + 2.0**-13, 1.0, 1.0 - 2.0**-13]))  # each rounds to 1
+    parameter.data[2] = 7.0
+    assert AdamW([parameter]).exact_weight(parameter).tolist() == [1.0 + 2.0**-13, 1.0, 7.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
