@@ -9,7 +9,18 @@ import pytest
 import torch
 
 import fewbits
-from fewbits import SGD, AdamW, DynamicScale, FewbitsError, ModelConfig, NoScale, StaticScale, Step, Transformer
+from fewbits import (
+    SGD,
+    AdamW,
+    DynamicScale,
+    FewbitsError,
+    ModelConfig,
+    NoScale,
+    Schedule,
+    StaticScale,
+    Step,
+    Transformer,
+)
 from fewbits.numerics.random import keyed_random
 
 TINY = ModelConfig(vocab_size=61, context=32, n_layer=2, n_head=2, n_embd=32)
@@ -181,6 +192,21 @@ def test_a_skipped_step_changes_no_weight_no_moment_and_not_the_count(precision)
     assert bool(step([batch()]).applied)
 
 
+def test_a_skipped_step_does_not_advance_the_schedule():
+    model = torch.nn.Linear(1, 1, bias=False)
+    step = Step(
+        model, SGD(model.parameters(), lr=1.0, momentum=0.0), "fp32", clip=None, loss_scale=DynamicScale(),
+        loss=lambda m, b: m(b["x"]).sum(), schedule=Schedule("linear", total_steps=4),
+    )  # fmt: skip
+    moved = []
+    for x in (1.0, float("inf"), 1.0, 1.0):  # with weights that are not 0, an infinite input makes no finite gradient
+        before = model.weight.detach().clone()
+        step.release()
+        step([{"x": torch.tensor([[x]]), "labels": torch.zeros(1, dtype=torch.int64)}])
+        moved.append(round(float((before - model.weight).detach()), 5))
+    assert moved == [1.0, 0.0, 0.75, 0.5]  # the gradient is 1, so a step moves by its learning rate
+
+
 def test_the_scale_moves_only_after_it_has_unscaled():
     # growth every step: each update must be that of the unscaled run
     growing = DynamicScale(initial=2.0**4, interval=1)
@@ -198,6 +224,18 @@ def test_a_non_finite_loss_latches_until_the_host_has_looked():
     assert not bool(step([batch()]).applied), "the latch holds although the loss is finite again"
     step.release()
     assert bool(step([batch()]).applied)
+
+
+def test_a_loss_that_is_not_finite_withholds_its_step_although_the_gradients_are_finite():
+    model = fewbits.prepare(torch.nn.Linear(2, 1), "bf16-mixed")
+    step = Step(
+        model, AdamW(model.parameters(), lr=0.1), "bf16-mixed", loss_scale=DynamicScale(initial=2.0**4),
+        loss=lambda m, b: m(b["x"]).float().sum() + float("inf"),
+    )  # fmt: skip
+    before = model.weight.detach().clone()
+    result = step([{"x": torch.ones(1, 2), "labels": torch.zeros(1, dtype=torch.int64)}])
+    assert bool(torch.isfinite(result.grad_norm)) and not bool(result.applied) and bool(step.latched)
+    assert torch.equal(model.weight, before) and float(step.scale.value) == 2.0**4
 
 
 def test_latched_steps_neither_move_the_loss_scale_nor_count_towards_its_growth():
@@ -306,6 +344,22 @@ def test_dropout_repeats_from_seed_and_attempt_alone(precision):
         return losses
 
     assert run(False) == run(True)
+
+
+def test_every_seed_attempt_and_micro_batch_draws_its_own_numbers():
+    def drawn(seed):
+        model, seen = torch.nn.Linear(1, 1), []
+
+        def loss(model, micro_batch):
+            seen.append(float(torch.rand(())))
+            return model(micro_batch["x"]).sum()
+
+        step = Step(model, SGD(model.parameters(), lr=0.0), "fp32", loss=loss, seed=seed)
+        for _ in range(2):
+            step([{"x": torch.ones(1, 1), "labels": torch.zeros(1, dtype=torch.int64)}] * 2)
+        return seen
+
+    assert len({*drawn(0), *drawn(1)}) == 2 * 2 * 2
 
 
 def test_the_step_leaves_the_global_generator_alone():
