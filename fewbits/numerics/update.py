@@ -84,7 +84,7 @@ def adamw_(weight: Tensor, gradient: Tensor, moments: Sequence[Tensor], scalars:
     """One AdamW update in place, decoupled decay first (Loshchilov & Hutter 2019, in the order torch.optim.AdamW uses).
 
     weight, gradient, moments = (exp_avg, exp_avg_sq): one shape, one dtype, fp32 or fp64; `gradient` is consumed.
-    scalars, 1-D of that dtype: 1 - lr * weight_decay, 0, 1 - beta1, beta2, 1 - beta2, sqrt(1 - beta2^n), eps,
+    scalars, 1-D of that dtype: 1 - lr * weight_decay, weight_decay, 1 - beta1, beta2, 1 - beta2, sqrt(1 - beta2^n), eps,
     lr / (1 - beta1^n), for the n-th update.
     """
     values = scalars.unbind()
@@ -95,7 +95,7 @@ def adamw_(weight: Tensor, gradient: Tensor, moments: Sequence[Tensor], scalars:
 def adam_(weight: Tensor, gradient: Tensor, moments: Sequence[Tensor], scalars: Tensor) -> None:
     """One Adam update in place, with L2 decay in the gradient (Kingma & Ba 2015).
 
-    As `adamw_`, but the first scalar is not used and the second is the weight decay.
+    As `adamw_`, but of the first two scalars the second is used.
     """
     values = scalars.unbind()
     gradient.add_(weight * values[1])

@@ -14,7 +14,31 @@ from fewbits.optim.base import Optimizer, Scalar, check_number
 from fewbits.optim.engine import Rule
 
 
-class AdamW(Optimizer):
+class _AdamLike(Optimizer):
+    """What AdamW and Adam share: everything but where the weight decay goes. Not for use by itself."""
+
+    moment_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    fused: ClassVar[str]
+    """The name of torch's kernel for a CPU."""
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        for name in ("lr", "weight_decay", "eps"):
+            check_number(name, group[name])
+        betas = group["betas"]
+        if len(betas) != 2 or not all(isinstance(beta, float | int) and 0 <= beta < 1 for beta in betas):
+            raise FewbitsError(f"betas={betas!r} do not fit; use two numbers from 0 to below 1, such as (0.9, 0.95).")
+
+    def cpu_rule(self, group: dict[str, Any], lr: float, n: int) -> Rule | None:
+        return _fused(self.fused, group, lr, n)
+
+    def scalars(self, group: dict[str, Any], lr: Scalar, n: Scalar) -> list[Scalar]:
+        beta1, beta2 = group["betas"]
+        correction1, correction2 = 1 - beta1**n, 1 - beta2**n
+        decay = group["weight_decay"]
+        return [1 - lr * decay, decay, 1 - beta1, beta2, 1 - beta2, correction2**0.5, group["eps"], lr / correction1]
+
+
+class AdamW(_AdamLike):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019).
 
     params: parameters, named parameters or groups; decay applies to all it is given: group them to spare norms.
@@ -22,8 +46,8 @@ class AdamW(Optimizer):
     compile: "auto" compiles the update on CUDA where Triton is installed; True and False force it.
     """
 
-    moment_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
     rule = staticmethod(adamw_)
+    fused = "_fused_adamw_"
 
     def __init__(
         self,
@@ -39,21 +63,12 @@ class AdamW(Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults, master, moments, compile)
 
-    def check_group(self, group: dict[str, Any]) -> None:
-        _check_adam(group)
 
-    def cpu_rule(self, group: dict[str, Any], lr: float, n: int) -> Rule | None:
-        return _fused("_fused_adamw_", group, lr, n)
-
-    def scalars(self, group: dict[str, Any], lr: Scalar, n: Scalar) -> list[Scalar]:
-        return [1 - lr * group["weight_decay"], 0.0, *_adam_scalars(group, lr, n)]
-
-
-class Adam(Optimizer):
+class Adam(_AdamLike):
     """Adam (Kingma & Ba 2015), weight decay added to the gradient. Arguments as AdamW's."""
 
-    moment_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
     rule = staticmethod(adam_)
+    fused = "_fused_adam_"
 
     def __init__(
         self,
@@ -68,15 +83,6 @@ class Adam(Optimizer):
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults, master, moments, compile)
-
-    def check_group(self, group: dict[str, Any]) -> None:
-        _check_adam(group)
-
-    def cpu_rule(self, group: dict[str, Any], lr: float, n: int) -> Rule | None:
-        return _fused("_fused_adam_", group, lr, n)
-
-    def scalars(self, group: dict[str, Any], lr: Scalar, n: Scalar) -> list[Scalar]:
-        return [1.0, group["weight_decay"], *_adam_scalars(group, lr, n)]
 
 
 def _fused(name: str, group: dict[str, Any], lr: float, n: int) -> Rule | None:
@@ -96,18 +102,3 @@ def _fused(name: str, group: dict[str, Any], lr: float, n: int) -> Rule | None:
         kernel(*lists, **options, amsgrad=False, maximize=False)
 
     return rule
-
-
-def _adam_scalars(group: dict[str, Any], lr: Scalar, n: Scalar) -> list[Scalar]:
-    beta1, beta2 = group["betas"]
-    correction1, correction2 = 1 - beta1**n, 1 - beta2**n
-    return [1 - beta1, beta2, 1 - beta2, correction2**0.5, group["eps"], lr / correction1]
-
-
-def _check_adam(group: dict[str, Any]) -> None:
-    check_number("lr", group["lr"])
-    check_number("weight_decay", group["weight_decay"])
-    check_number("eps", group["eps"])
-    betas = group["betas"]
-    if len(betas) != 2 or not all(isinstance(beta, float | int) and 0 <= beta < 1 for beta in betas):
-        raise FewbitsError(f"betas={betas!r} do not fit; use two numbers from 0 to below 1, such as (0.9, 0.95).")
