@@ -251,6 +251,20 @@ def test_latched_steps_neither_move_the_loss_scale_nor_count_towards_its_growth(
     assert step.scale.state_dict() == before, "finite again, but the latch still holds"
 
 
+def test_a_closed_latch_stays_closed_in_a_restored_step():
+    def fresh():
+        model = prepared()
+        return model, Step(model, AdamW(model.parameters(), lr=1e-3), "bf16-mixed", loss_scale=DynamicScale(2.0**4))
+
+    model, step = fresh()
+    model.norm.weight.data.fill_(float("nan"))
+    step([batch()])
+    _, restored = fresh()
+    restored.load_state_dict(step.state_dict())
+    assert restored.state_dict() == step.state_dict() and bool(restored.latched)
+    assert not bool(restored([batch()]).applied)
+
+
 def test_gradients_that_no_scale_can_cure_latch():
     model, _, step, _ = trained("bf16-mixed", 1)
     model.norm.weight.register_hook(lambda grad: grad * float("nan"))
