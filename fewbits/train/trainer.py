@@ -414,6 +414,5 @@ class Run:
 
     def _paths(self) -> list[str]:
         """What was written, for the last lines."""
-        names = [name for name in ("config.toml", "metrics.jsonl", "events.jsonl", "summary.json")]
-        paths = [f"{self.folder}{os.sep}  {', '.join(names)}"]
+        paths = [f"{self.folder}{os.sep}  config.toml, metrics.jsonl, events.jsonl, summary.json"]
         return paths if self.saved is None else [*paths, f"{self.saved}{os.sep}"]
