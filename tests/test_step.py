@@ -149,6 +149,40 @@ def test_a_scaled_step_is_the_unscaled_one_in_fp16_while_values_stay_normal(prec
         assert all(torch.equal(a, b) for a, b in zip(plain, run(scale), strict=True))
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "fp32"])
+@pytest.mark.parametrize("seed", range(4))
+def test_random_overflow_growth_clipping_and_accumulation_leave_the_unscaled_trajectory(precision, seed):
+    """A dynamic scale that moves all the time, against steps without a scale that leave the overflowing attempts out."""
+    generator = torch.Generator().manual_seed(seed)
+    overflows = (torch.rand(14, generator=generator) < 0.25).tolist()
+    pieces = [int(2 ** torch.randint(0, 3, (), generator=generator)) for _ in overflows]
+    clip = [None, 0.05, 0.5, 5.0][seed]
+
+    def run(scale, planted):
+        model = fewbits.prepare(Transformer(TINY), precision)
+        optimizer = AdamW(model.named_parameters(), lr=1e-2)
+        schedule = Schedule("cosine", warmup_steps=2, total_steps=14)
+        step = Step(model, optimizer, precision, loss_scale=scale, clip=clip, schedule=schedule)
+        scales = []
+        for attempt, (overflow, count) in enumerate(zip(overflows, pieces, strict=True)):
+            if overflow and not planted:
+                step.attempts += 1  # what the other run withholds
+                continue
+            poison = model.norm.weight.register_hook(lambda grad: grad * float("inf")) if overflow else None
+            result = step(split(batch(attempt), count))
+            scales.append(float(result.loss_scale))
+            assert bool(result.applied) is not overflow
+            if poison is not None:
+                poison.remove()
+        return [optimizer.exact_weight(p) for p in model.parameters()], int(optimizer.applied_steps), scales
+
+    plain, applied, _ = run(NoScale(), planted=False)
+    scaled, applied_too, scales = run(DynamicScale(initial=2.0**10, interval=2, ceiling=2.0**14), planted=True)
+    assert applied == applied_too == overflows.count(False)
+    assert len(set(scales)) > 2, "the scale has moved both ways"
+    assert all(torch.equal(a, b) for a, b in zip(plain, scaled, strict=True))
+
+
 def test_without_a_scale_small_gradients_vanish_in_fp16_and_with_one_they_do_not():
     def moved(scale):
         model = fewbits.prepare(torch.nn.Linear(4, 1, bias=False), "fp16-mixed")

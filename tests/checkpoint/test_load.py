@@ -55,7 +55,7 @@ def flip(path: Path, position: int, bit: int) -> None:
 
 def test_every_flipped_bit_is_noticed_named_and_answered_with_the_previous_checkpoint(run: Path) -> None:
     folder = run / "checkpoints" / "step-00000002"
-    for path, position, bit in flips(folder, 600, seed=1):
+    for path, position, bit in flips(folder, 1000, seed=1):
         flip(path, position, bit)
         with pytest.warns(CheckpointWarning, match=rf"step-00000002: {path.name} was changed .*Using step-00000001"):
             assert load_checkpoint(run).step == 1
