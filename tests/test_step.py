@@ -445,6 +445,24 @@ def prepared(precision="bf16-mixed"):
     return fewbits.prepare(Transformer(TINY), precision)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
+def test_no_switch_of_torch_makes_a_step_less_exact_than_its_precision(precision):
+    model, seen = fewbits.prepare(torch.nn.Linear(1, 1), precision), []
+
+    def loss(model, micro_batch):
+        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        return model(micro_batch["x"]).float().sum()
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")  # as a library imported before may have done
+        step = Step(model, AdamW(model.parameters(), lr=0.1), precision, loss=loss)
+        step([{"x": torch.ones(1, 1), "labels": torch.zeros(1, dtype=torch.int64)}])
+        assert seen == [("highest", False)] and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_contradictions_are_one_sentence_each():
     model = prepared()
     cases = [

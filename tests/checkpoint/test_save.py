@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -247,8 +248,39 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, instant: int) -> None:
     monkeypatch.setattr("builtins.open", opened)
 
 
-@pytest.mark.parametrize("step", [3, 2], ids=["a new step", "the same step again"])
-def test_a_crash_at_any_instant_of_a_save_leaves_a_loadable_checkpoint(tmp_path: Path, step: int, monkeypatch) -> None:
+def test_bytes_and_names_are_on_the_disk_before_anything_points_to_them(tmp_path: Path, monkeypatch) -> None:
+    events: list[tuple[str, Any]] = []
+    real_rename, real_replace = os.rename, os.replace
+
+    def renaming(real: Any) -> Any:
+        def rename(source: Path, target: Path) -> None:
+            events.append(("named", Path(target).name))
+            real(source, target)
+
+        return rename
+
+    monkeypatch.setattr(os, "fsync", lambda handle: events.append(("synced", os.fstat(handle).st_ino)))
+    monkeypatch.setattr(os, "rename", renaming(real_rename))
+    monkeypatch.setattr(os, "replace", renaming(real_replace))
+    path = save(tmp_path, 1)
+    named, pointed = events.index(("named", path.name)), events.index(("named", "latest"))
+
+    def synced(place: Path, start: int, end: int) -> bool:
+        return ("synced", place.stat().st_ino) in events[start:end]
+
+    assert all(synced(place, 0, named) for place in (path, *path.iterdir()))
+    assert synced(tmp_path, named, pointed) and synced(tmp_path / "latest", 0, pointed)
+    assert synced(tmp_path, pointed, len(events))
+
+
+@pytest.mark.parametrize(
+    ("step", "keep"),
+    [(3, 2), (2, 2), (3, 1)],
+    ids=["a new step", "the same step again", "a new step that is kept alone"],
+)
+def test_a_crash_at_any_instant_of_a_save_leaves_a_loadable_checkpoint(
+    tmp_path: Path, step: int, keep: int, monkeypatch
+) -> None:
     """All instants between two system calls, one after the other, until a save runs through."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # an instant as any other, but not a slow one
     for instant in range(400):
@@ -258,7 +290,7 @@ def test_a_crash_at_any_instant_of_a_save_leaves_a_loadable_checkpoint(tmp_path:
         with pytest.MonkeyPatch.context() as crashing:
             crash_at(crashing, instant)
             try:
-                save(folder, step)
+                save(folder, step, keep)
                 finished = True
             except Crash:
                 finished = False

@@ -67,6 +67,19 @@ def test_working_weights_are_rounded_with_ties_away_from_zero():
     assert model.weight.tolist() == [[1 + 2.0**-7, -1 - 2.0**-7, 1 + 2.0**-6, 0.0]]
 
 
+def test_tf32_rounds_the_operands_of_all_three_matmuls_on_a_cpu():
+    # tf32 keeps 10 bits: 1 + 2^-12 is 1 there, and fp32 would keep it
+    near_one = torch.tensor([[1 + 2.0**-12]])
+    model = nn.Linear(1, 1, bias=False)
+    model.weight.data = near_one.clone()
+    fewbits.prepare(model, "tf32")
+    x = near_one.clone().requires_grad_()
+    y = model(x)
+    y.backward(near_one)
+    assert [y.item(), x.grad.item(), model.weight.grad.item()] == [1.0, 1.0, 1.0]
+    assert torch.equal(model.weight, near_one), "the weight itself stays fp32"
+
+
 def test_tied_weights_stay_tied_and_are_counted_once():
     model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10, bias=False))
     model[1].weight = model[0].weight
