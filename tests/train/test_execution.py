@@ -12,6 +12,8 @@ import torch
 
 from fewbits.choice import Choice
 from fewbits.errors import FewbitsError
+from fewbits.formats import Format
+from fewbits.kernels import dispatch
 from fewbits.precision.hardware import Hardware
 from fewbits.precision.precision import Precision
 from fewbits.train import execution
@@ -191,3 +193,16 @@ def test_choices_survive_being_recorded(choices: Choices) -> None:
     assert again.to_json() == entries and replace(again, matmuls={}) == choices
     with pytest.raises(FewbitsError, match="lack 'device'"):
         Choices.from_json([])
+
+
+def test_recorded_ways_of_multiplying_are_put_into_force_and_not_timed_again(
+    choices: Choices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_choices", {})
+    monkeypatch.setattr(dispatch, "native", lambda *_: pytest.fail("asked again"))
+    entries = choices.to_json()
+    for way in ("native", "emulated"):  # whatever this machine would choose
+        entry = {"what": "matmul bf16 on cpu", "value": way, "reason": "as it was recorded"}
+        Choices.from_json([*entries, entry]).replay()
+        assert dispatch.emulated("bf16", "cpu") == (way == "emulated")
+        assert dispatch.matmul_execution(Format.parse("bf16"), torch.device("cpu")).reason == "as it was recorded"
