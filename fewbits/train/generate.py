@@ -35,10 +35,10 @@ def sample(
 
     Raises FewbitsError for settings that mean nothing, or a prompt that the tokenizer cannot write.
     """
-    if tokens < 0 or not 0 <= temperature < 100 or top_k < 0:
+    if tokens < 0 or not 0 <= temperature <= 100 or top_k < 0 or not 0 <= seed < 2**63:
         raise FewbitsError(
-            f"tokens={tokens}, temperature={temperature}, top_k={top_k}: give tokens and top_k of 0 or more and a "
-            "temperature from 0 to 100."
+            f"tokens={tokens}, temperature={temperature}, top_k={top_k}, seed={seed}: give tokens and top_k of 0 or "
+            "more, a temperature from 0 to 100 and a seed of 0 or more below 2**63."
         )
     device = next(model.parameters()).device
     ids = _start(tokenizer, prompt)
@@ -73,7 +73,8 @@ def _draw(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Gen
     if 0 < top_k < logits_V.numel():
         least = logits_V.topk(top_k).values[-1]
         logits_V = logits_V.masked_fill(logits_V < least, -torch.inf)
-    return int(torch.multinomial(torch.softmax(logits_V / temperature, 0), 1, generator=generator))
+    below_V = (logits_V - logits_V.max()).double() / temperature  # at most 0: no temperature, however small, overflows
+    return int(torch.multinomial(torch.softmax(below_V, 0), 1, generator=generator))
 
 
 def generate(

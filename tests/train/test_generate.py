@@ -44,6 +44,13 @@ def test_temperature_0_takes_the_likeliest_token(tokenizer: Tokenizer) -> None:
     assert texts == {sample(model, tokenizer, "a", 12, temperature=1, top_k=1, seed=9)}
 
 
+def test_a_tiny_temperature_is_nearly_0_and_the_largest_is_100(tokenizer: Tokenizer) -> None:
+    model = _model(tokenizer)
+    likeliest = sample(model, tokenizer, "th", tokens=8, temperature=0)
+    assert sample(model, tokenizer, "th", tokens=8, temperature=1e-300) == likeliest
+    assert sample(model, tokenizer, "th", tokens=8, temperature=100) != likeliest
+
+
 def test_prompts_and_texts_longer_than_the_context_are_fine(tokenizer: Tokenizer) -> None:
     sample(_model(tokenizer), tokenizer, "a long prompt " * 10, 20)
 
@@ -95,7 +102,7 @@ def test_a_run_continues_its_prompt(tiny: Callable[..., Config], tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "settings", [{"tokens": -1}, {"temperature": -0.1}, {"top_k": -2}, {"temperature": float("nan")}]
+    "settings", [{"tokens": -1}, {"temperature": -0.1}, {"top_k": -2}, {"temperature": float("nan")}, {"seed": 2**64}]
 )
 def test_settings_that_mean_nothing_are_refused(tokenizer: Tokenizer, settings: dict[str, float]) -> None:
     with pytest.raises(FewbitsError, match="0 or more"):
