@@ -34,7 +34,9 @@ def check_writable(folder: Path) -> None:
         raise FewbitsError(f"--out_dir {folder} is a file. Name a folder for the run.")
     while not place.exists():
         place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+    if not place.is_dir():
+        raise FewbitsError(f"{place} is a file, so {folder} cannot be made below it. Choose another --out_dir.")
+    if not os.access(place, os.W_OK | os.X_OK):
         raise FewbitsError(f"No permission to write in {place}. Choose another --out_dir.")
 
 
