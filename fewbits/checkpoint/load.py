@@ -216,7 +216,7 @@ def _nothing_here(path: Path, folder: Path) -> str:
     if path.is_file():
         return f"{path} is a file. Name a run folder, or one of its checkpoints."
     if folder != path or (path / "config.toml").is_file():
-        return f"{path} has no checkpoint yet. Start it again without resuming."
+        return f"{path} has no checkpoint yet. `fewbits train --resume {path}` begins it again."
     if (path / "config.json").is_file():
         return f"{path} looks like a Hugging Face folder, not like a run of fewbits. fewbits.load opens it."
     names = sorted(entry.name for entry in path.iterdir())

@@ -25,10 +25,20 @@ def find_run(text: str) -> Path:
     A checkpoint inside a run leads to its run.
     """
     for start in (Path(text), Path("runs") / text):
-        if (folder := run_of(start)) is not None:
+        if start.exists() and (folder := run_of(start)) is not None:
             return folder
     known = [str(path.parent) for path in sorted(Path("runs").glob("*/config.toml"))]
     listed = f" There are {', '.join(known[-5:])}.{nearest(text, known)}" if known else ""
     if Path(text).exists():
         raise FewbitsError(f"{text} is not a run: it holds no config.toml.{listed} `fewbits train` makes one.")
     raise FewbitsError(f"There is no run {text!r}.{listed} `fewbits train` makes one.")
+
+
+def find_model(text: str) -> Path:
+    """What `text` names, of what holds a model: a checkpoint or a Hugging Face folder as it is, else as `find_run`.
+
+    A checkpoint that is named is the one that is meant, not the newest of its run. Raises FewbitsError.
+    """
+    folder = Path(text)
+    named = folder.is_dir() and (folder.name.startswith("step-") or (folder / "config.json").is_file())
+    return folder if named else find_run(text)

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from fewbits.cli.console import find_run
+from fewbits.cli.console import find_model
 
 
 @click.command(name="eval")
@@ -21,7 +21,7 @@ def evaluate(run: str, data: str | None, device: str, as_json: bool) -> None:
 
     Bits per byte compare across tokenizers; loss and perplexity only within one.
     """
-    folder = find_run(run)
+    folder = find_model(run)
     from fewbits.train.evaluate import evaluate_run
 
     found = evaluate_run(folder, data=data, device=device)

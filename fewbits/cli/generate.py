@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from fewbits.cli.console import find_run
+from fewbits.cli.console import find_model
 
 
 @click.command(name="generate")
@@ -25,7 +25,7 @@ from fewbits.cli.console import find_run
 @click.option("--device", metavar="DEVICE", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 def generate(run: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int, device: str) -> None:
     """Continue a text with the model of RUN. The same seed gives the same text; half a character is never shown."""
-    folder = find_run(run)
+    folder = find_model(run)
     from fewbits.train.generate import generate as continue_text
 
     click.echo(

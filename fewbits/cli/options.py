@@ -11,7 +11,7 @@ import click
 from fewbits.cli.main import underscores
 from fewbits.errors import FewbitsError, nearest
 from fewbits.train.aliases import CONVERSIONS, canonical, known_names, spellings
-from fewbits.train.config import load_recipe, options
+from fewbits.train.config import load_recipe, options, recipes
 from fewbits.train.fields import FALSE, TRUE, Option
 
 SECTIONS = {"": "Run", "model": "Model", "data": "Data", "optim": "Optimizer", "train": "Training"}
@@ -37,7 +37,7 @@ class ConfigCommand(click.Command):
         except click.NoSuchOption as error:
             own = [name for param in self.params for name in param.opts if name.startswith("--")]
             word = f"--{underscores(error.option_name.lstrip('-'))}"
-            hint = nearest(word, [*own, *(f"--{name}" for name in known_names())])
+            hint = nearest(word, [*own, "--help", *(f"--{name}" for name in known_names())])
             raise FewbitsError(
                 f"There is no option {error.option_name!r}.{hint} See {ctx.command_path} --help."
             ) from None
@@ -106,6 +106,12 @@ def _is_switch(name: str) -> bool:
     return options()[word].kind is bool or set(options()[word].choices) >= {"true", "false"}
 
 
+def _is_stray(word: str) -> bool:
+    """Whether a word after a switch can only be a value of it, a wrong one: it is no option, recipe or file."""
+    is_file = "." in word or "/" in word or "\\" in word
+    return bool(word) and not word.startswith("-") and not is_file and not nearest(word, recipes())
+
+
 def _spell_out(arguments: Sequence[str]) -> list[str]:
     """Switches with a value: `--deterministic nano` as `--deterministic=true nano`, `--no-bias` as `--bias=false`."""
     found: list[str] = []
@@ -115,7 +121,7 @@ def _spell_out(arguments: Sequence[str]) -> list[str]:
         following = arguments[position + 1].lower() if position + 1 < len(arguments) else ""
         if word.startswith("--") and "=" not in word:
             name = underscores(word[2:])
-            if _is_switch(name) and following not in (*TRUE, *FALSE, "auto"):
+            if _is_switch(name) and following not in (*TRUE, *FALSE, "auto") and not _is_stray(following):
                 word = f"{word}=true"
             elif name.startswith("no_") and _is_switch(name[3:]):
                 word = f"--{name[3:]}=false"

@@ -61,7 +61,12 @@ def _resume(text: str, base: str | None, given: dict[str, str]) -> int:
     file = run / "config.toml"
     stored = Config.from_toml(file.read_text(encoding="utf-8"), source=str(file))
     config, notes = apply_options(stored, given)
-    return _train(config.check(), Path(text) if Path(text).exists() else run, notes)
+    config.check()
+    from fewbits.train.resume import refuse_passed
+
+    path = Path(text) if Path(text).exists() else run
+    refuse_passed(apply_options(override(stored, "train.stop_at", "0"), given)[0].train.stop_at, path)
+    return _train(config, path, notes)
 
 
 def _train(config: Config, resume: Path | None, notes: list[str]) -> int:

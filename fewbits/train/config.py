@@ -143,6 +143,11 @@ class Config:
         for option in options().values():
             option.check(_get(self, option.name))
         replace(self.model, vocab_size=self.model.vocab_size or 256).check()
+        if not self.name.strip() or any(mark in self.name for mark in "/\\\0"):
+            raise FewbitsError(
+                f"name is {self.name!r}; it becomes a directory under runs/, so it must be a plain name. "
+                "For another place give --out_dir."
+            )
         if not self.data.data:
             raise FewbitsError("data.data is empty; give a file, a folder, python or python-all.")
         _check_precision(self)

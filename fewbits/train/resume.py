@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fewbits.checkpoint.load import Checkpoint, list_checkpoints, load_checkpoint
+from fewbits.checkpoint.manifest import step_of
 from fewbits.choice import Choice
 from fewbits.errors import FewbitsError
 from fewbits.train.choices import Choices
@@ -52,8 +53,8 @@ def load_for_resume(path: Path, folder: Path, max_steps: int) -> Checkpoint:
         raise FewbitsError(f"{checkpoint.path} was not saved by `fewbits train`, so it cannot be continued.")
     if checkpoint.step >= max_steps:
         raise FewbitsError(
-            f"{folder} is finished: {checkpoint.step} of {max_steps} steps{_result(folder)}. Use it with fewbits "
-            "report, eval or generate, or start a new run."
+            f"{folder} is finished: {checkpoint.step} steps are done and max_steps is {max_steps}{_result(folder)}. "
+            "Use it with fewbits report, eval or generate, go on with a larger --max_steps, or start a new run."
         )
     return checkpoint
 
@@ -64,6 +65,15 @@ def _result(folder: Path) -> str:
         return f", held-out loss {summary['val_loss']:.4f}"
     except (OSError, ValueError, KeyError, TypeError):
         return ""
+
+
+def refuse_passed(stop_at: int, path: Path) -> None:
+    """Raises FewbitsError when the checkpoint to go on from is at `stop_at` already, or beyond; 0 refuses nothing."""
+    steps = [step for folder in (path, *list_checkpoints(path)) if (step := step_of(folder)) is not None]
+    if stop_at and steps and stop_at <= steps[0]:
+        raise FewbitsError(
+            f"{path} is at step {steps[0]}, so it cannot stop at {stop_at}. Give a larger --stop_at, or leave it out."
+        )
 
 
 def continued(config: Config, checkpoint: Checkpoint) -> Config:

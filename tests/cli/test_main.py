@@ -11,9 +11,11 @@ import click
 import pytest
 
 from fewbits.cli import main as cli
+from fewbits.cli.console import find_model, find_run
 from fewbits.cli.main import COMMANDS, explain, run
+from fewbits.errors import FewbitsError
 from fewbits.train.aliases import CONVERSIONS
-from fewbits.train.config import load_recipe, options
+from fewbits.train.config import load_recipe, options, override
 
 ROOT = Path(__file__).parents[2]
 
@@ -146,6 +148,11 @@ def test_the_config_of_a_run_repeats_it_in_a_new_directory(trained, tmp_path, mo
         (["generate"], "RUN"),
         (["generate", "r", "--top_k", "-1"], "top_k"),
         (["generate", "r", "--temperature", "-1"], "temperature"),
+        (["train", "--hlep"], "Did you mean '--help'"),
+        (["train", "--bias", "maybe"], "true or false"),
+        (["train", "--compile", "maybe"], "auto, true, false"),
+        (["train", "--deterministic", "nanoo"], "Did you mean 'nano'"),
+        (["train", "--name", "../../x"], "plain name"),
     ],
 )
 def test_a_mistake_is_one_sentence_with_what_would_fit(arguments, says, capsys, monkeypatch, tmp_path):
@@ -171,6 +178,32 @@ def test_resume_takes_the_config_of_the_run_and_the_options_given_beside_it(trai
     assert (resume, exact) == (tmp_path, checkpoint)
     capsys.readouterr()
     assert "leave out 'nano'" in refused(capsys, "train", "nano", "--resume", str(tmp_path))
+
+
+def test_a_resumed_run_is_not_told_to_stop_before_where_it_is(trained, tmp_path, capsys):
+    stored = override(load_recipe("nano"), "train.stop_at", "100")  # as after `train --stop_at 100`
+    (tmp_path / "config.toml").write_text(stored.to_toml(), encoding="utf-8")
+    checkpoint = tmp_path / "checkpoints" / "step-00000100"
+    checkpoint.mkdir(parents=True)
+    for path in (tmp_path, checkpoint):
+        assert "is at step 100" in refused(capsys, "train", "--resume", str(path), "--stop_at", "100")
+    assert run(["train", "--resume", str(tmp_path), "--stop_at", "101"]) == 0
+    assert run(["train", "--resume", str(tmp_path)]) == 0
+
+
+def test_a_model_is_the_checkpoint_that_was_named_and_a_wrong_name_leads_nowhere(tmp_path):
+    (tmp_path / "config.toml").touch()
+    checkpoint = tmp_path / "checkpoints" / "step-00000100"
+    checkpoint.mkdir(parents=True)
+    foreign = tmp_path / "hf"
+    foreign.mkdir()
+    (foreign / "config.json").touch()
+    assert find_model(str(tmp_path)) == find_run(str(checkpoint)) == tmp_path
+    assert find_model(str(checkpoint)) == checkpoint
+    assert find_model(str(foreign)) == foreign
+    for find in (find_model, find_run):
+        with pytest.raises(FewbitsError, match="There is no run"):
+            find(str(checkpoint.with_name("step-00000101")))
 
 
 def test_a_folder_that_is_no_run_is_named(capsys, tmp_path):

@@ -267,7 +267,7 @@ def test_a_diverged_run_ends_and_says_at_which_step(
 
 def test_a_finished_run_is_not_resumed_and_says_what_it_is(tiny: Make, tmp_path: Path) -> None:
     train(tiny(), quiet=True)
-    with pytest.raises(FewbitsError, match=r"is finished: 6 of 6 steps, held-out loss \d"):
+    with pytest.raises(FewbitsError, match=r"is finished: 6 steps are done and max_steps is 6, held-out loss \d"):
         train(tiny(), resume=tmp_path / "run", quiet=True)
 
 
