@@ -141,6 +141,7 @@ def explain(error: BaseException) -> tuple[str, int]:
             errno.EROFS: "the file system is read-only",
             errno.ENOSPC: "the disk is full",
             errno.EDQUOT: "the quota is used up",
+            errno.ENAMETOOLONG: "the name is too long",
         }
         if error.errno in reasons:
             return f"Cannot use {os.fspath(error.filename)}: {reasons[error.errno]}.", MISUSE

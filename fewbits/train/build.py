@@ -97,6 +97,8 @@ def open_data(config: Config, progress: Progress = silent) -> Data:
     cache = cache_folder(data.cache)
     corpus = open_corpus(data.data, data.encoding)
     tokenizer = build_tokenizer(data.tokenizer, corpus, cache, progress)
+    if config.train.sample_every:
+        tokenizer.encode(config.train.prompt)  # one that cannot be written is refused here, not at the first sample
     store = TokenStore.open_or_build(corpus, tokenizer, cache, progress)
     if len(store.val) < 2:
         raise FewbitsError(

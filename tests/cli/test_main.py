@@ -216,6 +216,7 @@ def test_a_folder_that_is_no_run_is_named(capsys, tmp_path):
         (KeyboardInterrupt(), 130, "interrupted"),
         (PermissionError(13, "Permission denied", "/runs/a"), 2, "/runs/a: no permission"),
         (OSError(28, "No space left on device", "/runs/a"), 2, "the disk is full"),
+        (OSError(36, "File name too long", "/runs/a"), 2, "the name is too long"),
         (MemoryError(), 1, "Out of memory"),
     ],
 )

@@ -317,7 +317,14 @@ def test_two_runs_in_one_directory_are_refused(tiny: Make, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "mistake",
-    [{"data": "no/such/file.txt"}, {"n_head": 3}, {"context": 100_000}, {"precision": "bf17"}, {"device": "xpu"}],
+    [
+        {"data": "no/such/file.txt"},
+        {"n_head": 3},
+        {"context": 100_000},
+        {"precision": "bf17"},
+        {"device": "xpu"},
+        {"tokenizer": "chars", "prompt": "\u2603", "sample_every": 3},
+    ],
 )
 def test_a_mistake_leaves_nothing_behind(tiny: Make, tmp_path: Path, mistake: dict[str, Any]) -> None:
     with pytest.raises(FewbitsError):
