@@ -157,17 +157,18 @@ class Optimizer(torch.optim.Optimizer):
         self.applied_steps += 1 if applied is None else applied
 
     def _run(self, items: list[engine.Item], settings: engine.Settings) -> None:
-        compiled = self.execution.value == "compiled"
-        try:
-            engine.run(items, settings, compiled)
-        except Exception as error:
-            if not compiled or not engine.is_compiler_failure(error):
-                raise
-            text = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if self.compile is True:
-                raise FewbitsError(f"compile=True, but torch.compile failed: {text} Use compile=False.") from error
-            self.execution = Choice("eager", f"torch.compile failed here: {text}")
-            engine.run(items, settings, False)
+        for part in engine.parts(items):  # so that a compiler that fails late makes nothing update twice
+            compiled = self.execution.value == "compiled"
+            try:
+                engine.run(part, settings, compiled)
+            except Exception as error:
+                if not compiled or not engine.is_compiler_failure(error):
+                    raise
+                text = (str(error).strip() or type(error).__name__).splitlines()[0]
+                if self.compile is True:
+                    raise FewbitsError(f"compile=True, but torch.compile failed: {text} Use compile=False.") from error
+                self.execution = Choice("eager", f"torch.compile failed here: {text}")
+                engine.run(part, settings, False)
 
     def _bundles(self, gradients: Mapping[Any, Tensor] | None) -> dict[Any, Bundle]:
         """Everything that has a gradient, state made where missing, grouped by what can share one call."""

@@ -125,17 +125,29 @@ def is_compiler_failure(error: Exception) -> bool:
     return any(kind.__module__ in modules for kind in type(error).__mro__)
 
 
-def run(items: Sequence[Item], settings: Settings, compiled: bool) -> None:
-    """Updates `items`, which share device, dtypes and settings, in place."""
+def parts(items: Sequence[Item]) -> list[list[Item]]:
+    """`items`, which share device, dtypes and settings, as the parts that one call of the update takes each."""
+    alone: list[list[Item]] = []
     together = []
     for item in items:
-        size = item.working.numel()
-        if size >= SMALL and size % ALIGN == 0 and item.working.is_contiguous():
-            _run_flat(item, settings, compiled)
-        elif size:
+        if _is_flat(item):
+            alone.append([item])
+        elif item.working.numel():
             together.append(item)
-    if together:
-        _run_together(together, settings, compiled)
+    return [*alone, together] if together else alone
+
+
+def run(part: Sequence[Item], settings: Settings, compiled: bool) -> None:
+    """Updates one part in place. A compiler that fails does so before anything of the part has changed."""
+    if len(part) == 1 and _is_flat(part[0]):
+        _run_flat(part[0], settings, compiled)
+    else:
+        _run_together(part, settings, compiled)
+
+
+def _is_flat(item: Item) -> bool:
+    size = item.working.numel()
+    return size >= SMALL and size % ALIGN == 0 and item.working.is_contiguous()
 
 
 def _run_together(items: Sequence[Item], settings: Settings, compiled: bool) -> None:

@@ -97,3 +97,34 @@ def test_execution_is_chosen_with_a_reason():
     assert engine.choose_execution("auto", torch.device("cpu")).value == "eager"
     assert engine.choose_execution(False, torch.device("cuda")) == Choice("eager", "compile=False was given")
     assert engine.choose_execution("auto", torch.device("cuda")).reason
+
+
+def test_a_compiler_that_fails_late_makes_no_parameter_update_twice(monkeypatch):
+    from torch._dynamo.exc import TorchDynamoException
+
+    calls = []
+
+    def failing(*variant):
+        def update(*arguments):
+            calls.append(1)
+            if len(calls) > 1:
+                raise TorchDynamoException("no compiler")
+            engine.update_flat(*arguments)
+
+        return update
+
+    def trained(compile):
+        parameters = [torch.nn.Parameter(torch.ones(engine.SMALL * 2)) for _ in range(3)]
+        optimizer = AdamW(parameters, lr=0.1, compile=compile)
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        if compile == "auto":
+            optimizer.execution = Choice("compiled", "planted")
+        optimizer.step()
+        return parameters, optimizer
+
+    expected, _ = trained(False)
+    monkeypatch.setattr(engine, "compiled_update", failing)
+    found, optimizer = trained("auto")
+    assert optimizer.execution.value == "eager" and len(calls) == 2
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
