@@ -127,4 +127,5 @@ def test_a_compiler_that_fails_late_makes_no_parameter_update_twice(monkeypatch)
     monkeypatch.setattr(engine, "compiled_update", failing)
     found, optimizer = trained("auto")
     assert optimizer.execution.value == "eager" and len(calls) == 2
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    for a, b in zip(expected, found, strict=True):  # the fused CPU kernel rounds an ulp apart; twice would be 0.1 off
+        torch.testing.assert_close(a, b, rtol=0, atol=2.0**-23)
