@@ -62,12 +62,6 @@ def softmax_gradient(logits_NV: Tensor, labels_N: Tensor, factor: Tensor) -> tup
     return losses_N, gradient_NV.mul_(weight_N1)
 
 
-def row_losses(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """Cross entropy of every row in nats, 0 where the label is ignored."""
-    loss_N = torch.nn.functional.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE, reduction="none")
-    return loss_N
-
-
 class _Product:
     """How this head multiplies: fp32 results from 16-bit operands, since the weight gradient is a sum over tokens and may
     not be rounded to 16 bits between pieces.
@@ -164,8 +158,11 @@ def linear_cross_entropy(
         return _LinearCrossEntropy.apply(  # type: ignore[no-any-return, no-untyped-call]
             hidden_ND, weight_VD, labels_N, factor, rows, product, pieces
         )
-    total = [
-        row_losses(product(product.enter(hidden_ND[i : i + rows]), product.weight_VD.t()), labels_N[i : i + rows])
-        for i in range(0, labels_N.shape[0], rows)
-    ]
-    return torch.cat(total).sum()
+    losses = []
+    for start in range(0, labels_N.shape[0], rows):
+        piece = slice(start, start + rows)
+        logits_NV = product(product.enter(hidden_ND[piece]), product.weight_VD.t())
+        losses.append(
+            torch.nn.functional.cross_entropy(logits_NV, labels_N[piece], ignore_index=IGNORE, reduction="none")
+        )
+    return torch.cat(losses).sum()
