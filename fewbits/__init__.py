@@ -15,6 +15,11 @@ _HOME = {
     "FewbitsError": "fewbits.errors",
     "Choice": "fewbits.choice",
     "cast": "fewbits.numerics.rounding",
+    "quantize": "fewbits.numerics.quantize",
+    "Quantized": "fewbits.numerics.quantize",
+    "Granularity": "fewbits.numerics.scaling",
+    "Recipe": "fewbits.precision.recipe",
+    "unprepare": "fewbits.nn.prepare",
     "Precision": "fewbits.precision.precision",
     "prepare": "fewbits.nn.prepare",
     "ModelConfig": "fewbits.nn.transformer",
@@ -39,9 +44,12 @@ __all__ = [
     "DynamicScale",
     "FewbitsError",
     "Format",
+    "Granularity",
     "ModelConfig",
     "NoScale",
     "Precision",
+    "Quantized",
+    "Recipe",
     "Schedule",
     "StaticScale",
     "Step",
@@ -52,6 +60,8 @@ __all__ = [
     "compare",
     "load",
     "prepare",
+    "quantize",
+    "unprepare",
 ]
 
 if TYPE_CHECKING:
@@ -60,14 +70,17 @@ if TYPE_CHECKING:
     from fewbits.errors import FewbitsError
     from fewbits.formats import Format
     from fewbits.lab.compare import compare
-    from fewbits.nn.prepare import prepare
+    from fewbits.nn.prepare import prepare, unprepare
     from fewbits.nn.transformer import ModelConfig, Transformer
+    from fewbits.numerics.quantize import Quantized, quantize
     from fewbits.numerics.rounding import cast
+    from fewbits.numerics.scaling import Granularity
     from fewbits.optim.adamw import Adam, AdamW
     from fewbits.optim.loss_scale import DynamicScale, NoScale, StaticScale
     from fewbits.optim.schedule import Schedule
     from fewbits.optim.sgd import SGD
     from fewbits.precision.precision import Precision
+    from fewbits.precision.recipe import Recipe
     from fewbits.step import Step, StepResult
 
 

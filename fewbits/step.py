@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
 from fewbits.nn.emulate import emulation, needed
+from fewbits.nn.lowbit import held_weights
 from fewbits.nn.transformer import Transformer
+from fewbits.numerics.keys import step_key
 from fewbits.numerics.loss import IGNORE, gradient_factor
 from fewbits.numerics.random import keyed_random
 from fewbits.numerics.wide import widen
@@ -118,7 +120,7 @@ class Step:
             raise FewbitsError("a step got no micro-batches; give at least one.")
         self._clear()  # what a step that was broken off, or somebody's own backward, has left is no part of this one
         scale = self.scale.value.clone()
-        with torch_switches(self.precision, self.device), emulation(needed(self.model)):
+        with torch_switches(self.precision, self.device), emulation(needed(self.model)), held_weights(self.model):
             loss = self._forward_backward(micro_batches, scale)
         gradients = self._gradients()
         inv_scale = scale.to(self.wide).reciprocal()
@@ -168,7 +170,8 @@ class Step:
         factor = (scale.double() / count).to(self.wide)
         total = torch.zeros((), dtype=self.wide, device=self.device)
         for index, micro_batch in enumerate(micro_batches):
-            with keyed_random(self.device, self.seed, self.attempts, index), gradient_factor(factor):
+            key = (self.seed, self.attempts, index)
+            with keyed_random(self.device, *key), step_key(self.device, *key), gradient_factor(factor):
                 loss_sum = self.loss(self.model, micro_batch)
                 if loss_sum.dtype.itemsize < 4:
                     raise FewbitsError(f"the loss came as {loss_sum.dtype}; return the sum over real targets in fp32.")

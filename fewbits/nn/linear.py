@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.kernels.dispatch import emulated
+from fewbits.nn.lowbit import HeldWeight, lowbit_linear
+from fewbits.numerics.keys import current_key
 from fewbits.numerics.matmul import emulated_linear
 
 FORMAT_OF = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -26,10 +28,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, tf32: bool = F
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` whose three matmuls run in the format of the weight, as `linear` says."""
+    """`nn.Linear` whose three matmuls run in the format of the weight, as `linear` says, or in few bits by a recipe."""
 
     tf32: bool = False
+    recipe: str = ""
+    """Canonical text of a `Recipe` for the three matmuls; "" multiplies in the working format."""
+    held: HeldWeight | None = None
+    """Codes of the weight as long as a step holds it still (see `held_weights`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in the dtype of the weight."""
-        return linear(x, self.weight, self.bias, self.tf32)
+        if not self.recipe:
+            return linear(x, self.weight, self.bias, self.tf32)
+        site = getattr(self, "site", None)  # a buffer, 0-d int64, of layers whose recipe draws random numbers
+        key = None if site is None else current_key(x.device) ^ site
+        return lowbit_linear(x, self.weight, self.bias, *(self.held or HeldWeight()), key, self.recipe)

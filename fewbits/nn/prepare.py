@@ -1,12 +1,14 @@
 """What changes in a model, ours or a foreign one, when it is trained in a precision, and why.
 
 `prepare` rounds the parameters to the working format (nearest, ties away from zero) and keeps what the rounding cut off,
-by parameter name, until an optimizer adopts it: an fp32 checkpoint loses nothing. Buffers are left alone.
+by parameter name, until an optimizer adopts it: an fp32 checkpoint loses nothing. Buffers are left alone. With a recipe,
+linear layers multiply in few bits from then on. `unprepare` takes it all back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,16 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
 
 from fewbits.errors import FewbitsError, nearest
 from fewbits.formats import Format
 from fewbits.nn import remainder
+from fewbits.nn.eligible import eligible
 from fewbits.nn.embedding import Embedding
 from fewbits.nn.emulate import emulation, needed
 from fewbits.nn.linear import Linear
+from fewbits.nn.lowbit import let_compilers_in
 from fewbits.nn.norm import LayerNorm, RMSNorm
 from fewbits.nn.transformer import Transformer
-from fewbits.numerics.update import round_away, split_master
+from fewbits.numerics.random import mix_key
+from fewbits.numerics.update import join_master, round_away, split_master
 from fewbits.precision.precision import Precision
 
 # torch's class -> ours, with what is better about it. Subclasses are left alone: they may mean something else.
@@ -63,50 +69,138 @@ def prepare(model: nn.Module, precision: str | Precision, keep: Iterable[str] = 
     Args:
         model: any torch module in fp32 (fp64, or an already narrow checkpoint, is taken as it is).
         precision: a name or a value; see `Precision.parse`.
-        keep: name patterns of modules that stay out of the working format ("lm_head", "layers.0.*"), or get a format of
-            their own ("layers.3=fp32"). Their inputs and outputs are cast.
+        keep: name patterns of modules that stay out of the recipe ("lm_head", "layers.0.*"; in a precision without a
+            recipe: out of the working format, in fp32), or are stored in a format of their own ("layers.3=fp32"): their
+            inputs and outputs are cast.
 
     Raises:
-        FewbitsError: the model is prepared already, a pattern matches nothing, or a parameter cannot be rounded.
+        FewbitsError: the model is prepared already, a pattern matches nothing, a parameter cannot be rounded, or no layer
+            is left for the recipe. The model is then unchanged.
     """
     precision = Precision.parse(precision) if isinstance(precision, str) else precision
     if (before := getattr(model, "fewbits_precision", None)) is not None:
         raise FewbitsError(f"the model is prepared as {before} already; prepare a fresh model as {precision}.")
-    exceptions = _exceptions(model, keep, precision)
+    exceptions, kept_out = _exceptions(model, keep, precision)
     _refuse_not_finite(model)
+    lowbit = eligible(model, precision.recipe, {*exceptions, *kept_out})
+    _refuse_nothing(lowbit, precision)
     report = Report(precision)
     remainders: dict[str, Tensor] = {}
+    undo = _Undo()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for name, module in model.named_modules():
+    for name, module in list(model.named_modules()):
         own = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
         if not own:
             continue
+        undo.classes.append((module, type(module)))
         row = _swap(module)
         report.foreign |= not isinstance(module, _OURS)
         format, reason = exceptions.get(name, (precision.working, row[1]))
-        kept = name in exceptions
-        report.rows.append((name or "model", type(module).__name__, f"{'kept in ' if kept else ''}{format}", reason))
+        what = f"kept in {format}" if name in exceptions else str(format)
+        if name in lowbit:
+            taken, why_not = lowbit[name]
+            what, reason = (str(precision), "ours, by the recipe") if taken else (f"kept in {format}", why_not)
+            if taken:
+                _give_recipe(module, name, precision, undo)
+        report.rows.append((name or "model", type(module).__name__, what, reason))
         for parameter in own:
             if id(parameter) in names:
                 report.parameters += 1
+                undo.dtypes.append((parameter, parameter.dtype))
                 report.rounded += _round(parameter, format, names.pop(id(parameter)), remainders)
-        if kept:
-            _cast_around(module, format, precision.working)
+        if name in exceptions:
+            undo.hooks += _cast_around(module, format, precision.working)
         if isinstance(module, Linear):
-            module.tf32 = precision.operand.name == "tf32" and not kept
+            module.tf32 = precision.operand.name == "tf32" and name not in exceptions
     if isinstance(model, Transformer):
         model.tf32 = precision.operand.name == "tf32"
-    model.register_forward_pre_hook(_cast_inputs(precision.working), with_kwargs=True)
+    if precision.recipe:
+        let_compilers_in()
+    undo.hooks.append(model.register_forward_pre_hook(_cast_inputs(precision.working), with_kwargs=True))
     if report.foreign and precision.working.bits == 16:
-        _emulate_around(model)
+        undo.hooks += _emulate_around(model)
     attributes: dict[str, Any] = model.__dict__
-    attributes.update(fewbits_precision=precision, fewbits_report=report, fewbits_remainders=remainders)
+    attributes.update(
+        fewbits_precision=precision, fewbits_report=report, fewbits_remainders=remainders, fewbits_undo=undo
+    )
     return model
 
 
-def _exceptions(model: nn.Module, keep: Iterable[str], precision: Precision) -> dict[str, tuple[Format, str]]:
-    """Module name -> (format, reason) for every module with parameters that a pattern names, directly or from above."""
+@dataclass
+class _Undo:
+    """What `unprepare` puts back."""
+
+    classes: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
+    dtypes: list[tuple[nn.Parameter, torch.dtype]] = field(default_factory=list)
+    hooks: list[RemovableHandle] = field(default_factory=list)
+    lowbit: list[nn.Module] = field(default_factory=list)
+
+
+@torch.no_grad()
+def unprepare(model: nn.Module, optimizer: Any = None) -> nn.Module:
+    """Gives back the model that `prepare` changed, in place: its classes, hooks and dtypes, with exact weights.
+
+    optimizer: the fewbits optimizer that holds the master weights; without one, what waits on the parameters is used, and
+    a weight that was trained since is its working weight. `prepare` may be called again afterwards.
+
+    Raises FewbitsError for a model that is not prepared.
+    """
+    undo: _Undo | None = getattr(model, "fewbits_undo", None)
+    if undo is None:
+        raise FewbitsError("the model is not prepared; there is nothing to take back.")
+    held = {id(p) for group in getattr(optimizer, "param_groups", []) for p in group["params"]}
+    for parameter, dtype in undo.dtypes:
+        left = remainder.waiting(parameter)
+        if optimizer is not None and id(parameter) in held:
+            exact = optimizer.exact_weight(parameter)
+        elif left is not None:
+            exact = join_master(parameter.data, left) if left.dtype == torch.int16 else left
+        else:
+            exact = parameter.data
+        remainder.drop(parameter)
+        parameter.data, parameter.grad = exact.to(dtype), None
+    for module in undo.lowbit:
+        module._buffers.pop("site", None)
+        module._non_persistent_buffers_set.discard("site")
+        module.__dict__.pop("recipe", None)
+    for module, kind in undo.classes:
+        module.__dict__.pop("tf32", None)
+        module.__class__ = kind
+    for hook in undo.hooks:
+        hook.remove()
+    for name in ("fewbits_precision", "fewbits_report", "fewbits_remainders", "fewbits_undo"):
+        model.__dict__.pop(name, None)
+    return model
+
+
+def _give_recipe(module: nn.Module, name: str, precision: Precision, undo: _Undo) -> None:
+    """Turns a linear layer of ours to few bits. A layer draws its own random numbers, set apart by its name."""
+    held: Any = module
+    held.recipe = str(precision.recipe)
+    if precision.recipe.stochastic:
+        device = held.weight.device
+        site = torch.tensor(mix_key(zlib.crc32(name.encode())), dtype=torch.int64, device=device)
+        module.register_buffer("site", site, persistent=False)
+    undo.lowbit.append(module)
+
+
+def _refuse_nothing(lowbit: Mapping[str, tuple[bool, str]], precision: Precision) -> None:
+    """A recipe that changes nothing must not look as if it did."""
+    if not precision.recipe or any(taken for taken, _ in lowbit.values()):
+        return
+    shown = "; ".join(f"{name}: {reason}" for name, (_, reason) in list(lowbit.items())[:4])
+    raise FewbitsError(
+        f"{precision} would change nothing: the model has {shown and f'no linear layer that it takes ({shown})' or 'no linear layer'}. "
+        f"Use {precision.working}-mixed."
+    )
+
+
+def _exceptions(
+    model: nn.Module, keep: Iterable[str], precision: Precision
+) -> tuple[dict[str, tuple[Format, str]], set[str]]:
+    """What patterns name, directly or from above: module name -> (storage format, reason), and who stays out of the recipe."""
     found: dict[str, tuple[Format, str]] = {}
+    kept_out: set[str] = set()
     names = [name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
     for text in keep:
         pattern, _, format_name = text.partition("=")
@@ -117,12 +211,15 @@ def _exceptions(model: nn.Module, keep: Iterable[str], precision: Precision) -> 
         if not matched:
             hint = nearest(pattern, names) or f" Modules with parameters are {', '.join(names[:8])}."
             raise FewbitsError(f"keep {text!r} matches no module of the model.{hint}")
-        found.update({name: (format, f"named by keep {text!r}") for name in matched})
+        if precision.recipe and not format_name:
+            kept_out.update(matched)
+        else:
+            found.update({name: (format, f"named by keep {text!r}") for name in matched})
     if found and precision.working.bits >= 32:
         raise FewbitsError(
             f"{precision} keeps every parameter in {precision.working}; keep= has nothing to except there."
         )
-    return found
+    return found, kept_out
 
 
 def _prefixes(name: str) -> list[str]:
@@ -181,13 +278,17 @@ def _cast_inputs(format: Format) -> Any:
     return hook
 
 
-def _cast_around(module: nn.Module, inside: Format, outside: Format) -> None:
+def _cast_around(module: nn.Module, inside: Format, outside: Format) -> list[RemovableHandle]:
     """An exception computes in its own format: what enters is cast to it, what leaves goes back to the working format."""
-    module.register_forward_pre_hook(_cast_inputs(inside), with_kwargs=True)
-    module.register_forward_hook(lambda module, args, output: tree_map(_to(outside.dtype or torch.float32), output))
+    return [
+        module.register_forward_pre_hook(_cast_inputs(inside), with_kwargs=True),
+        module.register_forward_hook(
+            lambda module, args, output: tree_map(_to(outside.dtype or torch.float32), output)
+        ),
+    ]
 
 
-def _emulate_around(model: nn.Module) -> None:
+def _emulate_around(model: nn.Module) -> list[RemovableHandle]:
     """A forward call of a foreign model, in training or evaluation, emulates 16-bit CPU matmuls where that is needed."""
     entered: list[Any] = []
 
@@ -198,5 +299,4 @@ def _emulate_around(model: nn.Module) -> None:
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         entered.pop().__exit__(None, None, None)
 
-    model.register_forward_pre_hook(enter)
-    model.register_forward_hook(leave, always_call=True)
+    return [model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)]

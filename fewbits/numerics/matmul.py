@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbits.errors import FewbitsError
 from fewbits.numerics.rounding import cast
 from fewbits.numerics.wide import widen
 
@@ -78,3 +79,44 @@ def emulated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tf
     the backward are the stored tensors, not their fp32 copies.
     """
     return _EmulatedLinear.apply(x, weight, bias, tf32)  # type: ignore[no-any-return, no-untyped-call]
+
+
+_CHUNK = 32  # products that an fp8 instruction of Hopper sums before it adds them to the accumulator (k of wgmma)
+
+
+def modelled_matmul(left: Tensor, right: Tensor, accumulator: str = "fp32") -> Tensor:
+    """left [M, K] @ right [N, K].T as hardware with that accumulator would sum it, K from the first to the last: fp32.
+
+    accumulator:
+        "fp32": products and sums in fp32.
+        "fp16", "bf16": every product is rounded to the format, and so is the sum after every addition, to nearest even:
+            the half-precision product of tutorials.
+        "14bit": 32 products are summed exactly (in fp32), and what they make of the accumulator is cut toward zero to 14
+            significant bits, as Hopper's fp8 tensor cores do it (DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
+        Any of them with "/128": after every 128 products the accumulator is added to an fp32 sum and starts from zero.
+
+    left and right hold the values that are multiplied, in any float dtype. Raises FewbitsError for another accumulator.
+    """
+    kind, _, every = accumulator.partition("/")
+    if kind not in ("fp32", "fp16", "bf16", "14bit") or every not in ("", "128"):
+        raise FewbitsError(f"There is no accumulator '{accumulator}'. Use fp32, fp16, bf16, 14bit, or fp16/128 and so on.")
+    left, right = left.float(), right.float()
+    if kind == "fp32":
+        return left @ right.t()
+    total = left.new_zeros(left.shape[0], right.shape[0])
+    for start in range(0, left.shape[1], int(every or left.shape[1])):
+        stop = min(left.shape[1], start + int(every or left.shape[1]))
+        total += _narrow_sum(left[:, start:stop], right[:, start:stop], kind)
+    return total
+
+
+def _narrow_sum(left: Tensor, right: Tensor, kind: str) -> Tensor:
+    total = left.new_zeros(left.shape[0], right.shape[0])
+    if kind == "14bit":
+        for k in range(0, left.shape[1], _CHUNK):
+            total = cast(total + left[:, k : k + _CHUNK] @ right[:, k : k + _CHUNK].t(), "e8m13", "toward-zero")
+        return total
+    for k in range(left.shape[1]):
+        product = cast(torch.outer(left[:, k], right[:, k]), kind, overflow="inf")
+        total = cast(total + product, kind, overflow="inf")
+    return total

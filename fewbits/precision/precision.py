@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +13,18 @@ from fewbits.errors import FewbitsError, nearest
 from fewbits.formats import FORMATS, Format
 from fewbits.precision.kinds import check_master, master_of
 from fewbits.precision.loss_scale import read, write
+from fewbits.precision.recipe import MATMULS, RECIPES, Recipe
 
 
 @dataclass(frozen=True)
 class Precision:
     """Formats by role. Two precisions with equal fields are equal; `Precision.parse(str(p)) == p`.
 
-    name: fp64 fp32 tf32 fp16-mixed bf16-mixed fp16-true bf16-true.
+    name: fp64 fp32 tf32 fp16-mixed bf16-mixed fp16-true bf16-true, the recipes (fp8 fp8-row fp8-block mxfp8 nvfp4 int8 ...), or
+        "custom" for bf16-mixed with a recipe written out.
     working: what the model's parameters are stored in.
-    operand: what the three matmuls (output, grad_input, grad_weight) multiply; also the format of activations.
+    operand: what the three matmuls (output, grad_input, grad_weight) multiply where no recipe says otherwise; also the
+        format of activations.
     gradient: what gradients of parameters arrive in.
     reduction: softmax, norm statistics, the loss, sums over tokens, accumulation.
     master: "auto", "fp32", "split" (bf16 plus a 16-bit remainder) or "none"; see resolved_master.
@@ -30,6 +32,7 @@ class Precision:
     update_rounding: how the working weight is rounded after an update: "nearest" (ties away from zero).
     loss_scale: "none", "static:1024", "dynamic" or "dynamic:initial=65536,interval=2000" (any of initial, growth,
         backoff, interval, floor, ceiling, hysteresis).
+    recipe: how the matmuls of linear layers multiply in few bits; empty where they do not.
 
     Raises FewbitsError for fields that contradict each other.
     """
@@ -43,6 +46,7 @@ class Precision:
     moments: str = "fp32"
     update_rounding: str = "nearest"
     loss_scale: str = "none"
+    recipe: Recipe = Recipe()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss_scale", write(*read(self.loss_scale)))
@@ -54,14 +58,18 @@ class Precision:
             raise FewbitsError(f"update_rounding is 'nearest' in this version, not '{self.update_rounding}'.")
 
     def __str__(self) -> str:
-        """The name, then what differs from its defaults: "bf16-mixed, master=fp32"."""
-        base = PRECISIONS[self.name]
-        changed = [f for f in OVERRIDES if getattr(self, f) != getattr(base, f)]
-        return ", ".join([self.name, *(f"{field}={getattr(self, field)}" for field in changed)])
+        """The name, then what differs from its defaults: "bf16-mixed, master=fp32", "fp8, grad_weight=bf16"."""
+        base = PRECISIONS.get(self.name, _CUSTOM)
+        parts = [] if self.name == "custom" else [self.name]
+        was = base.recipe.texts()
+        parts += [f"{key}={text}" for key, text in self.recipe.texts().items() if text != was[key]]
+        parts += [f"{field}={getattr(self, field)}" for field in OVERRIDES if getattr(self, field) != getattr(base, field)]
+        return ", ".join(parts)
 
     @staticmethod
     def parse(text: str | Precision) -> Precision:
-        """The precision of a name or alias, with overrides: "bf16-mixed, master=fp32, loss_scale=static:1024".
+        """The precision of a name or alias, with overrides: "bf16-mixed, master=fp32, loss_scale=static:1024"; or a recipe
+        over bf16-mixed, written out: "output=e4m3/row, grad_input=e5m2/tensor, grad_weight=bf16, accumulate=14bit".
 
         >>> Precision.parse("16-mixed").name
         'fp16-mixed'
@@ -71,21 +79,37 @@ class Precision:
         if isinstance(text, Precision):
             return text
         first, *parts = str(text).split(",")
+        if first.partition("=")[0].strip() in RECIPE_KEYS:
+            first, parts = "custom", [first, *parts]
         changes: dict[str, str] = {}
         previous = ""
         for part in parts:
             key, equals, value = (word.strip() for word in part.partition("="))
-            if key in OVERRIDES and equals:
+            if key in (*OVERRIDES, *RECIPE_KEYS) and equals:
                 changes[key] = value
                 previous = key
             elif previous == "loss_scale" and ":" in changes["loss_scale"]:  # dynamic:initial=1024,interval=100
                 changes["loss_scale"] += f",{key}={value}"
             else:
+                known = (*OVERRIDES, *RECIPE_KEYS)
                 raise FewbitsError(
-                    f"'{part.strip()}' in precision '{text}' is not an override.{nearest(key, OVERRIDES)} "
-                    f"Write KEY=VALUE with {', '.join(OVERRIDES)}."
+                    f"'{part.strip()}' in precision '{text}' is not an override.{nearest(key, known)} "
+                    f"Write KEY=VALUE with {', '.join(known)}."
                 )
-        return _named(first).replace(**changes)
+        return _named(first)._changed(changes)
+
+    def _changed(self, changes: Mapping[str, str]) -> Precision:
+        """With overrides and parts of the recipe given as text."""
+        parts = {key: changes[key] for key in RECIPE_KEYS if key in changes}
+        if parts and not self.recipe and self.name != "custom":
+            raise FewbitsError(
+                f"{self.name} has no recipe to change with {next(iter(parts))}=. Write the recipe alone: \"output=e4m3/row, "
+                'grad_input=e5m2/tensor\" multiplies in few bits over bf16-mixed.'
+            )
+        recipe = self.recipe.changed(parts) if parts else self.recipe
+        if not recipe and (parts or self.name == "custom"):
+            raise FewbitsError("This recipe leaves all three matmuls in 16 bits; write bf16-mixed, or give one of them a format.")
+        return self.replace(recipe=recipe, **{key: changes[key] for key in OVERRIDES if key in changes})
 
     def replace(self, **changes: Any) -> Precision:
         """The same precision with other fields; contradictions raise FewbitsError."""
@@ -114,7 +138,7 @@ class Precision:
     def to_json(self) -> dict[str, str]:
         """Every field as text, with the schema version; `from_json` reads it back."""
         fields = {f.name: str(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        return {"schema": "fewbits.precision/1", **fields}
+        return {"schema": SCHEMA, **fields, "recipe": str(self.recipe) if self.recipe else ""}
 
     @staticmethod
     def from_json(value: Mapping[str, Any] | str) -> Precision:
@@ -124,14 +148,17 @@ class Precision:
         except (TypeError, ValueError):
             raise FewbitsError("This is no precision: it is not a JSON object. Expected what to_json wrote.") from None
         names = {f.name for f in dataclasses.fields(Precision)}
-        if fields.pop("schema", None) != "fewbits.precision/1" or set(fields) != names:
+        if fields.get("schema") == "fewbits.precision/1":  # before there were recipes
+            fields.update(schema=SCHEMA, recipe="")
+        if fields.pop("schema", None) != SCHEMA or set(fields) != names:
             raise FewbitsError(
                 f"This is no precision of this version: its fields are {', '.join(sorted(map(str, fields))) or 'none'}."
             )
         if not all(isinstance(field, str) for field in fields.values()):
             raise FewbitsError("This is no precision of this version: every field has to be text.")
-        parsed = _named(fields["name"]).replace(**{key: fields[key] for key in OVERRIDES})
-        if parsed.to_json() != {"schema": "fewbits.precision/1", **fields}:
+        recipe = Recipe.parse(fields["recipe"]) if fields["recipe"] else Recipe()
+        parsed = _named(fields["name"]).replace(recipe=recipe, **{key: fields[key] for key in OVERRIDES})
+        if parsed.to_json() != {"schema": SCHEMA, **fields}:
             raise FewbitsError(f"The formats stored for precision '{parsed.name}' are not those of this version.")
         return parsed
 
@@ -142,7 +169,9 @@ class Precision:
         return table(self, report, device)
 
 
-def _precision(name: str, operand: str, working: str = "", loss_scale: str = "none") -> Precision:
+def _precision(
+    name: str, operand: str, working: str = "", loss_scale: str = "none", recipe: Recipe | None = None
+) -> Precision:
     storage = FORMATS[working or operand]
     wide = FORMATS["fp64" if operand == "fp64" else "fp32"]
     return Precision(
@@ -153,10 +182,13 @@ def _precision(name: str, operand: str, working: str = "", loss_scale: str = "no
         reduction=wide,
         moments=wide.name,
         loss_scale=loss_scale,
+        recipe=recipe or Recipe(),
     )
 
 
+SCHEMA = "fewbits.precision/2"
 OVERRIDES = ("master", "moments", "update_rounding", "loss_scale")
+RECIPE_KEYS = (*MATMULS, "accumulate")
 
 ALIASES: dict[str, str] = {
     "bf16": "bf16-mixed", "bfloat16": "bf16-mixed", "bfloat16-mixed": "bf16-mixed",
@@ -164,16 +196,18 @@ ALIASES: dict[str, str] = {
     "float16-mixed": "fp16-mixed", "16": "fp16-mixed", "16-true": "fp16-true",
     "float32": "fp32", "float": "fp32", "32": "fp32", "32-true": "fp32", "no": "fp32",
     "float64": "fp64", "double": "fp64", "64": "fp64", "64-true": "fp64", "tensorfloat32": "tf32",
+    "fp8-tensor": "fp8", "float8": "fp8", "fp8-tensorwise": "fp8", "fp8-rowwise": "fp8-row", "fp8-blockwise": "fp8-block",
+    "mx-fp8": "mxfp8", "fp4": "nvfp4",
 }  # fmt: skip
-LATER = ("fp8", "fp8-tensor", "fp8-row", "fp8-block", "mxfp8", "nvfp4", "int8", "int8-qat", "int4-qat", "binary-qat")
+LATER = ("int8-qat", "int4-qat", "binary-qat", "fp8-qat")
 
 
 def _named(text: str) -> Precision:
     word = text.strip().lower().removeprefix("torch.").replace("_", "-")
     name = ALIASES.get(word, word)
-    if name in PRECISIONS:
-        return PRECISIONS[name]
-    if name in LATER or re.match(r"(fp|int|mxfp|nvfp)[1-9](?!\d)", name):
+    if name in (*PRECISIONS, "custom"):
+        return PRECISIONS.get(name, _CUSTOM)
+    if name in LATER:
         raise FewbitsError(f"Precision '{name}' is not in this version; it has {', '.join(PRECISIONS)}.")
     raise FewbitsError(
         f"There is no precision '{text.strip()}'.{nearest(word, [*PRECISIONS, *ALIASES])} "
@@ -201,5 +235,10 @@ PRECISIONS: dict[str, Precision] = {
         _precision("bf16-mixed", "bf16"),
         _precision("fp16-true", "fp16", loss_scale="dynamic"),
         _precision("bf16-true", "bf16"),
+        *(
+            _precision(name, "bf16", loss_scale="dynamic" if name == "fp8-unit" else "none", recipe=recipe)
+            for name, recipe in RECIPES.items()
+        ),
     )
 }
+_CUSTOM = _precision("custom", "bf16")
