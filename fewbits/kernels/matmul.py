@@ -40,19 +40,26 @@ def scaled_matmul(
     return torch.nn.functional.linear(left.dequantize(), right.dequantize(), wide).to(dtype)
 
 
-def execution(left: Format, right: Format, granularities: tuple[Granularity, Granularity], device: torch.device) -> Choice:
+def execution(
+    left: Format, right: Format, granularities: tuple[Granularity, Granularity], device: torch.device
+) -> Choice:
     """What multiplies two formats on a device: Choice("native" | "emulated", reason). Shapes may still stand in the way:
     a matmul that fp8 instructions cannot take (sides not divisible by 16) falls back to the exact values."""
     name = "fp8" if {left.name, right.name} <= {"fp8_e4m3", "fp8_e5m2"} else left.name
     if name not in ("fp8", "int8") or (name == "int8" and right.name != "int8"):
-        return Choice("emulated", f"no device that is known here multiplies {left} by {right}; exact values in 16 bits do")
+        return Choice(
+            "emulated", f"no device that is known here multiplies {left} by {right}; exact values in 16 bits do"
+        )
     choice = matmul_execution(left, device)
     if choice.value == "emulated":
         return Choice("emulated", f"{choice.reason}; the codes are exact in bf16")
     allowed = _granularities(name, left, right)
     if granularities not in allowed:
         shown = " or ".join(f"{a} x {b}" for a, b in sorted(allowed, key=str))
-        return Choice("emulated", f"{device.type} multiplies {name} with scales of {shown}, not {granularities[0]} x {granularities[1]}")
+        return Choice(
+            "emulated",
+            f"{device.type} multiplies {name} with scales of {shown}, not {granularities[0]} x {granularities[1]}",
+        )
     return choice
 
 

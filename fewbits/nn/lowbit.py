@@ -174,7 +174,11 @@ class _LowBitLinear(torch.autograd.Function):
                 grad_weight = _plain(grad_NO.t(), x_codes.t())
             else:
                 shared = left is not None and shared_gradient(recipe)
-                rows = transposed(left) if shared and left is not None else _quantized(grad_NO.t(), recipe.grad_weight.left, key, "grad_weight")
+                rows = (
+                    transposed(left)
+                    if shared and left is not None
+                    else _quantized(grad_NO.t(), recipe.grad_weight.left, key, "grad_weight")
+                )
                 right = _restored(x_codes.t(), x_scale.t(), recipe.grad_weight.right)
                 grad_weight = scaled_matmul(rows, right, recipe.grad_weight.accumulator, ctx.dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:

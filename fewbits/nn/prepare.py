@@ -189,10 +189,8 @@ def _refuse_nothing(lowbit: Mapping[str, tuple[bool, str]], precision: Precision
     if not precision.recipe or any(taken for taken, _ in lowbit.values()):
         return
     shown = "; ".join(f"{name}: {reason}" for name, (_, reason) in list(lowbit.items())[:4])
-    raise FewbitsError(
-        f"{precision} would change nothing: the model has {shown and f'no linear layer that it takes ({shown})' or 'no linear layer'}. "
-        f"Use {precision.working}-mixed."
-    )
+    what = f"no linear layer that it takes ({shown})" if shown else "no linear layer"
+    raise FewbitsError(f"{precision} would change nothing: the model has {what}. Use {precision.working}-mixed.")
 
 
 def _exceptions(

@@ -99,7 +99,9 @@ def modelled_matmul(left: Tensor, right: Tensor, accumulator: str = "fp32") -> T
     """
     kind, _, every = accumulator.partition("/")
     if kind not in ("fp32", "fp16", "bf16", "14bit") or every not in ("", "128"):
-        raise FewbitsError(f"There is no accumulator '{accumulator}'. Use fp32, fp16, bf16, 14bit, or fp16/128 and so on.")
+        raise FewbitsError(
+            f"There is no accumulator '{accumulator}'. Use fp32, fp16, bf16, 14bit, or fp16/128 and so on."
+        )
     left, right = left.float(), right.float()
     if kind == "fp32":
         return left @ right.t()

@@ -130,7 +130,7 @@ def encode(
         return scaled.clamp_(-format.max, format.max).to(dtype)  # torch 2.11 turns what is beyond e4m3 into NaN
     if rounding == "nearest-even" and format.kind == "int":
         return scaled.round_().nan_to_num_(nan=0.0).to(dtype)
-    values = cast(scaled, format, rounding, seed=seed)
+    values = cast(scaled, format, rounding)
     return (values if dtype.is_floating_point else values.nan_to_num(nan=0.0)).to(dtype)
 
 

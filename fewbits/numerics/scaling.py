@@ -93,7 +93,9 @@ def times(x: Tensor, values: Tensor, granularity: Granularity) -> Tensor:
     if columns == x.shape[1] and rows == 1:
         return x * values
     if x.shape[0] % rows or x.shape[1] % columns:  # by look-up: the compiler of torch 2.13 gets cut pads wrong
-        above, across = (torch.arange(n, device=x.device) // size for n, size in zip(x.shape, (rows, columns), strict=True))
+        above, across = (
+            torch.arange(n, device=x.device) // size for n, size in zip(x.shape, (rows, columns), strict=True)
+        )
         return x * values[above][:, across]
     return (blocks(x, granularity) * values[:, None, :, None]).view(x.shape)
 

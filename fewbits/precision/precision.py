@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fewbits.choice import Choice
@@ -46,7 +46,7 @@ class Precision:
     moments: str = "fp32"
     update_rounding: str = "nearest"
     loss_scale: str = "none"
-    recipe: Recipe = Recipe()
+    recipe: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss_scale", write(*read(self.loss_scale)))
@@ -63,7 +63,7 @@ class Precision:
         parts = [] if self.name == "custom" else [self.name]
         was = base.recipe.texts()
         parts += [f"{key}={text}" for key, text in self.recipe.texts().items() if text != was[key]]
-        parts += [f"{field}={getattr(self, field)}" for field in OVERRIDES if getattr(self, field) != getattr(base, field)]
+        parts += [f"{key}={getattr(self, key)}" for key in OVERRIDES if getattr(self, key) != getattr(base, key)]
         return ", ".join(parts)
 
     @staticmethod
@@ -103,12 +103,14 @@ class Precision:
         parts = {key: changes[key] for key in RECIPE_KEYS if key in changes}
         if parts and not self.recipe and self.name != "custom":
             raise FewbitsError(
-                f"{self.name} has no recipe to change with {next(iter(parts))}=. Write the recipe alone: \"output=e4m3/row, "
-                'grad_input=e5m2/tensor\" multiplies in few bits over bf16-mixed.'
+                f'{self.name} has no recipe to change with {next(iter(parts))}=. Write the recipe alone: "output=e4m3/row, '
+                'grad_input=e5m2/tensor" multiplies in few bits over bf16-mixed.'
             )
         recipe = self.recipe.changed(parts) if parts else self.recipe
         if not recipe and (parts or self.name == "custom"):
-            raise FewbitsError("This recipe leaves all three matmuls in 16 bits; write bf16-mixed, or give one of them a format.")
+            raise FewbitsError(
+                "This recipe leaves all three matmuls in 16 bits; write bf16-mixed, or give one of them a format."
+            )
         return self.replace(recipe=recipe, **{key: changes[key] for key in OVERRIDES if key in changes})
 
     def replace(self, **changes: Any) -> Precision:

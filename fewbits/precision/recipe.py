@@ -59,7 +59,9 @@ class Operand:
         first, *rest = (word.strip().lower() for word in text.split("/"))
         format = Format.parse(first)
         if format.bits > 16 or not format.signed:
-            raise FewbitsError(f"{format.name} is no format to multiply in few bits; use one of at most 16 bits, signed.")
+            raise FewbitsError(
+                f"{format.name} is no format to multiply in few bits; use one of at most 16 bits, signed."
+            )
         granularity, rounding, scaling, hadamard = Granularity(), "nearest-even", default_scales(format), False
         for word in rest:
             if word in ROUNDINGS:
@@ -77,7 +79,9 @@ class Operand:
                     f"FORMAT/GRANULARITY/OPTION with {', '.join(options)}."
                 )
         if scaling in ("delayed", "unit") and granularity != Granularity():
-            raise FewbitsError(f"Operand '{text.strip()}': {scaling} scaling knows one scale a tensor; use granularity tensor.")
+            raise FewbitsError(
+                f"Operand '{text.strip()}': {scaling} scaling knows one scale a tensor; use granularity tensor."
+            )
         return Operand(format, granularity, rounding, scaling, hadamard)
 
 
@@ -132,10 +136,14 @@ class Recipe:
         return {**{name: "bf16" if m is None else str(m) for name, m in matmuls.items()}, "accumulate": accumulate}
 
     @property
+    def matmuls(self) -> tuple[Matmul | None, Matmul | None, Matmul | None]:
+        """output, grad_input, grad_weight."""
+        return self.output, self.grad_input, self.grad_weight
+
+    @property
     def operands(self) -> tuple[Operand, ...]:
         """All operands of all low-bit matmuls, in order."""
-        matmuls = (self.output, self.grad_input, self.grad_weight)
-        return tuple(operand for m in matmuls if m is not None for operand in (m.left, m.right))
+        return tuple(operand for m in self.matmuls if m is not None for operand in (m.left, m.right))
 
     @property
     def stochastic(self) -> bool:
@@ -145,14 +153,16 @@ class Recipe:
     @property
     def modelled(self) -> bool:
         """Whether an accumulator is modelled, which no hardware runs: right numbers, no speed."""
-        return any(m is not None and m.accumulator not in ("fp32", "fast") for m in (self.output, self.grad_input, self.grad_weight))
+        return any(m is not None and m.accumulator not in ("fp32", "fast") for m in self.matmuls)
 
     def changed(self, changes: Mapping[str, str]) -> Recipe:
         """The recipe with matmuls (or `accumulate`) given as text. Raises FewbitsError."""
         recipe = self
         for name in MATMULS:
             if name in changes:
-                recipe = replace(recipe, **{name: _matmul(name, changes[name], recipe.output)})
+                matmuls = dict(zip(MATMULS, recipe.matmuls, strict=True))
+                matmuls[name] = _matmul(name, changes[name], recipe.output)
+                recipe = Recipe(matmuls["output"], matmuls["grad_input"], matmuls["grad_weight"], recipe.fake)
         return recipe if "accumulate" not in changes else _accumulating(recipe, changes["accumulate"])
 
     @staticmethod
@@ -190,7 +200,10 @@ def _matmul(name: str, text: str, output: Matmul | None) -> Matmul | None:
     partner = output.right if name == "grad_input" else output.left
     scaling = left.scaling if left.scaling in ("delayed", "unit") else default_scales(partner.format)
     return Matmul(
-        left, replace(partner, granularity=left.granularity, rounding="nearest-even", scaling=scaling, hadamard=left.hadamard)
+        left,
+        replace(
+            partner, granularity=left.granularity, rounding="nearest-even", scaling=scaling, hadamard=left.hadamard
+        ),
     )
 
 
@@ -199,14 +212,13 @@ def _accumulating(recipe: Recipe, text: str) -> Recipe:
     words = words * 3 if len(words) == 1 else words
     if len(words) != 3 or any(word not in ACCUMULATORS for word in words):
         raise FewbitsError(
-            f"accumulate={text.strip()} does not fit.{nearest(words[0], ACCUMULATORS)} Use one of {', '.join(ACCUMULATORS)}, or "
-            "three of them with | between, for output, grad_input and grad_weight."
+            f"accumulate={text.strip()} does not fit.{nearest(words[0], ACCUMULATORS)} Use one of "
+            f"{', '.join(ACCUMULATORS)}, or three of them with | between, for output, grad_input and grad_weight."
         )
-    given = [
-        matmul and replace(matmul, accumulator=word)
-        for word, matmul in zip(words, (recipe.output, recipe.grad_input, recipe.grad_weight), strict=True)
-    ]
-    return Recipe(*given, fake=recipe.fake)
+    output, grad_input, grad_weight = (
+        matmul and replace(matmul, accumulator=word) for word, matmul in zip(words, recipe.matmuls, strict=True)
+    )
+    return Recipe(output, grad_input, grad_weight, recipe.fake)
 
 
 # Formats and granularities: Micikevicius et al. 2022 (arXiv 2209.05433) for fp8, DeepSeek-V3 (2412.19437) for fp8-block,

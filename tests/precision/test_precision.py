@@ -90,7 +90,7 @@ def test_precisions_of_later_versions_say_so(name):
     [
         ("bf16-mixd", "Did you mean 'bf16-mixed'"),
         ("", "no precision ''"),
-        ("fp8_e4m3", "not in this version"),
+        ("fp8_e4m3", "Did you mean 'fp8"),
         ("bf16, mastr=fp32", "Did you mean 'master'"),
         ("bf16, fp32", "not an override"),
         ("bf16, master=kahan", "not in this version"),
