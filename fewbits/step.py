@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
 from fewbits.nn.emulate import emulation, needed
-from fewbits.nn.lowbit import held_weights
+from fewbits.nn.lowbit import held_weights, load_scale_history, scale_history
 from fewbits.nn.transformer import Transformer
 from fewbits.numerics.keys import step_key
 from fewbits.numerics.loss import IGNORE, gradient_factor
@@ -156,6 +156,7 @@ class Step:
             "skipped": int(self.skipped),
             "latched": bool(self.latched),
             "loss_scale": self.scale.state_dict(),
+            "scale_history": scale_history(self.model),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -164,6 +165,7 @@ class Step:
         self.skipped.fill_(int(state["skipped"]))
         self.latched.fill_(bool(state["latched"]))
         self.scale.load_state_dict(state["loss_scale"])
+        load_scale_history(self.model, state.get("scale_history", {}))
 
     def _forward_backward(self, micro_batches: Sequence[MicroBatch], scale: Tensor) -> Tensor:
         count = real_targets(micro_batches)

@@ -9,9 +9,12 @@ import click
 @click.argument("name", metavar="NAME")
 @click.option("--device", default="auto", help="Device to ask: auto, cpu, cuda, cuda:1. Default: the best one present.")
 def precision(name: str, device: str) -> None:
-    """Print the table of a precision: fp32, tf32, fp16-mixed, bf16-mixed, fp16-true, bf16-true or fp64.
+    """Print the table of a precision: fp32, tf32, fp16-mixed, bf16-mixed, fp16-true, bf16-true, fp64, fp8, fp8-row,
+    fp8-block, mxfp8, nvfp4, int8, or a recipe of your own.
 
-    Overrides follow the name: fewbits precision "bf16-mixed, master=fp32".
+    \b
+    Overrides follow the name:   fewbits precision "bf16-mixed, master=fp32"
+    A recipe can be written out: fewbits precision "output=e4m3/row, grad_input=e5m2/tensor, grad_weight=bf16"
     """
     import torch
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.kernels.dispatch import emulated
-from fewbits.nn.lowbit import HeldWeight, lowbit_linear
+from fewbits.nn.lowbit import HeldWeight, ScaleHistory, lowbit_linear
 from fewbits.numerics.keys import current_key
 from fewbits.numerics.matmul import emulated_linear
 
@@ -35,6 +35,8 @@ class Linear(nn.Linear):
     """Canonical text of a `Recipe` for the three matmuls; "" multiplies in the working format."""
     held: HeldWeight | None = None
     """Codes of the weight as long as a step holds it still (see `held_weights`)."""
+    history: ScaleHistory | None = None
+    """What recipes with delayed scaling look back on."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in the dtype of the weight."""
@@ -42,4 +44,8 @@ class Linear(nn.Linear):
             return linear(x, self.weight, self.bias, self.tf32)
         site = getattr(self, "site", None)  # a buffer, 0-d int64, of layers whose recipe draws random numbers
         key = None if site is None else current_key(x.device) ^ site
-        return lowbit_linear(x, self.weight, self.bias, *(self.held or HeldWeight()), key, self.recipe)
+        held = self.held or HeldWeight()
+        # outside a step there is nothing to look back on, and operands are scaled by what they are
+        history = self.history if self.held is not None else None
+        largest, maxima = (None, None) if history is None else (history.largest, history.maxima)
+        return lowbit_linear(x, self.weight, self.bias, *held, key, largest, maxima, self.recipe)

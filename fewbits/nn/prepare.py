@@ -25,7 +25,7 @@ from fewbits.nn.eligible import eligible
 from fewbits.nn.embedding import Embedding
 from fewbits.nn.emulate import emulation, needed
 from fewbits.nn.linear import Linear
-from fewbits.nn.lowbit import let_compilers_in
+from fewbits.nn.lowbit import ScaleHistory, let_compilers_in
 from fewbits.nn.norm import LayerNorm, RMSNorm
 from fewbits.nn.transformer import Transformer
 from fewbits.numerics.random import mix_key
@@ -162,7 +162,8 @@ def unprepare(model: nn.Module, optimizer: Any = None) -> nn.Module:
     for module in undo.lowbit:
         module._buffers.pop("site", None)
         module._non_persistent_buffers_set.discard("site")
-        module.__dict__.pop("recipe", None)
+        for name in ("recipe", "history"):
+            module.__dict__.pop(name, None)
     for module, kind in undo.classes:
         module.__dict__.pop("tf32", None)
         module.__class__ = kind
@@ -181,6 +182,8 @@ def _give_recipe(module: nn.Module, name: str, precision: Precision, undo: _Undo
         device = held.weight.device
         site = torch.tensor(mix_key(zlib.crc32(name.encode())), dtype=torch.int64, device=device)
         module.register_buffer("site", site, persistent=False)
+    if precision.recipe.delayed:
+        held.history = ScaleHistory()
     undo.lowbit.append(module)
 
 

@@ -17,6 +17,7 @@ from fewbits.formats import Format
 from fewbits.numerics.rounding import cast
 from fewbits.numerics.scaling import Granularity, block_amax, inverse, scale_of, times
 
+_POWERS = ("power-of-two", "delayed", "unit")  # kinds of scale that are powers of two
 Key = int | Tensor
 """Key of the random bits of stochastic rounding: an int, or a 0-d int64 tensor on the device."""
 
@@ -58,7 +59,7 @@ class Quantized:
     @property
     def exact_in_bf16(self) -> bool:
         """Whether every code * scale is a bf16 number: up to 8 significant bits together (a scale in e4m3 has 4)."""
-        short = {"power-of-two": 1, "two-level": 4}.get(self.scales)
+        short = {"power-of-two": 1, "delayed": 1, "unit": 1, "two-level": 4}.get(self.scales)
         return short is not None and (1 + self.format.mantissa_bits) + short - 1 <= 8
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -120,7 +121,7 @@ def encode(
     bf16 and a power of two is exact in bf16 too, which saves an eager CPU the fp32 copy of x. NaN stays NaN in formats
     that have one; everywhere a scale that is NaN marks its block.
     """
-    short = scales == "power-of-two" and x.dtype == torch.bfloat16 and _eager_cpu(x)
+    short = scales in _POWERS and x.dtype == torch.bfloat16 and _eager_cpu(x)
     inv_scale, x = inverse(scale), x if short else x.float()
     scaled = times(x, inv_scale.to(x.dtype), granularity)
     if format.kind == "int":  # symmetric: the code -max - 1 is not used
@@ -146,7 +147,12 @@ def decode(
     Exact in bf16 where code and scale have at most 8 significant bits together: every float recipe here. `scales` as in
     `encode`.
     """
-    if scales != "exact" and dtype == torch.bfloat16 and codes.dtype.itemsize == 1 and _eager_cpu(codes):
+    if (
+        scales in (*_POWERS, "two-level")
+        and dtype == torch.bfloat16
+        and codes.dtype.itemsize == 1
+        and _eager_cpu(codes)
+    ):
         return times(_narrow(codes), scale.to(dtype), granularity)
     return times(codes.float(), scale, granularity).to(dtype)
 

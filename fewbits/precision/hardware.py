@@ -21,9 +21,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fewbits.choice import Choice
 from fewbits.errors import FewbitsError
 from fewbits.formats import FORMATS, Format
+from fewbits.numerics.scaling import Granularity
 
 if TYPE_CHECKING:
     from fewbits.precision.precision import Precision
+    from fewbits.precision.recipe import Matmul
 
 WORTH = 1.2
 """A 16-bit format is native on a CPU when its matmul runs at least this many times as fast as fp32. At 1.0 the casts
@@ -162,6 +164,43 @@ def native(format: Format | str, hardware: Hardware) -> Choice:
     if hardware.kind == "cpu":
         return _native_cpu(name, hardware)
     return Choice(False, _unsupported(hardware))
+
+
+def native_matmul(matmul: Matmul, hardware: Hardware) -> Choice:
+    """Whether this hardware multiplies the two operands of a recipe's matmul as they are: Choice(bool, reason). What it
+    does not is multiplied on the exact values of its codes, in bf16 or fp32: right numbers, without the speed."""
+    left, right = matmul.left, matmul.right
+    if matmul.accumulator not in ("fp32", "fast"):
+        return Choice(
+            False, f"no hardware sums as {matmul.accumulator} does; it is modelled, at a small part of the speed"
+        )
+    names = {left.format.name, right.format.name}
+    fp8 = names <= {"fp8_e4m3", "fp8_e5m2"}
+    if not fp8 and names != {"int8"}:
+        shown = " by ".join(sorted(names))
+        return Choice(False, f"nothing here multiplies {shown}; the values of its codes are exact in bf16")
+    answer = native(left.format, hardware)
+    if not answer.value:
+        return Choice(False, f"{answer.reason}; the values of its codes are exact in bf16" if fp8 else answer.reason)
+    pair = (left.granularity, right.granularity)
+    if pair not in native_granularities(matmul, hardware):
+        return Choice(
+            False, f"no instruction of {hardware} takes scales of {pair[0]} x {pair[1]}; the values are exact in bf16"
+        )
+    return answer
+
+
+def native_granularities(matmul: Matmul, hardware: Hardware) -> set[tuple[Granularity, Granularity]]:
+    """The pairs of granularities, left and right, that the instruction for a matmul's formats takes."""
+    tensor, row, group = Granularity(), Granularity(1, 0), Granularity(1, 128)
+    if matmul.left.format.name == "int8":  # sums are int32: the scales of rows and columns come afterwards
+        return {(a, b) for a in (tensor, row) for b in (tensor, row)}
+    found = {(tensor, tensor)}
+    if matmul.left.format.name == matmul.right.format.name == "fp8_e4m3":
+        found.add((row, row))
+        if hardware.capability is not None and hardware.capability[0] == 9:  # cuBLAS has these for Hopper alone
+            found |= {(group, Granularity(128, 128)), (group, group)}
+    return found
 
 
 def check(precision: Precision, hardware: Hardware) -> None:

@@ -151,6 +151,11 @@ class Recipe:
         return any(operand.rounding == "stochastic" or operand.hadamard for operand in self.operands)
 
     @property
+    def delayed(self) -> bool:
+        """Whether any operand is scaled by what earlier steps have seen."""
+        return any(operand.scaling == "delayed" for operand in self.operands)
+
+    @property
     def modelled(self) -> bool:
         """Whether an accumulator is modelled, which no hardware runs: right numbers, no speed."""
         return any(m is not None and m.accumulator not in ("fp32", "fast") for m in self.matmuls)

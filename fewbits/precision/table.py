@@ -5,12 +5,14 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from fewbits.precision.hardware import Hardware, describe, native
+from fewbits.precision.hardware import Hardware, describe, native, native_matmul
+from fewbits.precision.recipe import MATMULS, Matmul
 
 if TYPE_CHECKING:
     from fewbits.precision.precision import Precision
 
 Row = tuple[str, str, str]
+KEPT = "embedding, head, router, norms, linear layers whose sides are not divisible by 16 or that are too small to gain"
 
 _MASTER_WHERE = {
     "fp32": "optimizer, fp32 copy",
@@ -28,7 +30,7 @@ def table(precision: Precision, report: object | None = None, device: object | N
     lines: list[Row] = [("precision", str(precision), ""), ("role", "format", "where")]
     lines += [_working(precision, report), _master(precision)]
     lines += [("moments", precision.moments, "optimizer")]
-    lines += [(name, "", _matmul(precision)) for name in ("output", "grad_input", "grad_weight")]
+    lines += [(name, "", _matmul(precision, name)) for name in MATMULS]
     lines += [("gradients", str(precision.gradient), "parameters' .grad; several micro-batches accumulate in "
                + str(precision.reduction))]  # fmt: skip
     lines += [_kept(precision, report)]
@@ -64,15 +66,35 @@ def _master(precision: Precision) -> Row:
     return ("master weight", "none" if kind == "none" else "fp32", f"{_MASTER_WHERE[kind]} (why: {reason})")
 
 
-def _matmul(precision: Precision) -> str:
+def _matmul(precision: Precision, name: str) -> str:
+    matmul: Matmul | None = getattr(precision.recipe, name)
+    if matmul is not None:
+        return _lowbit(matmul, precision)
     operand = precision.operand
     result = precision.working if operand.name == "tf32" else operand
     rounding = ", nearest-even" if result.bits < 32 else ""
     return f"{operand} x {operand} -> {result}{rounding}, {precision.reduction} accumulation"
 
 
+def _lowbit(matmul: Matmul, precision: Precision) -> str:
+    """One low-bit matmul in words, what both operands share said once."""
+    left, right = matmul.left, matmul.right
+    sums = {"fp32": "full", "fast": "fast"}.get(matmul.accumulator, f"modelled {matmul.accumulator}")
+    shared = (
+        f"{left.granularity} scales"
+        if left.granularity == right.granularity
+        else f"{left.granularity} x {right.granularity} scales"
+    )
+    scaling = left.scaling if left.scaling == right.scaling else f"{left.scaling} x {right.scaling}"
+    rounding = left.rounding if left.rounding == right.rounding else f"{left.rounding} x {right.rounding}"
+    parts = [f"{left.format} x {right.format} -> {precision.working}", f"{shared} ({scaling})", rounding]
+    return ", ".join([*parts, *(["random Hadamard"] if left.hadamard else []), f"{sums} accumulation"])
+
+
 def _kept(precision: Precision, report: Any) -> Row:
     kept = list(getattr(report, "kept", ()))
+    if precision.recipe and report is None:
+        return ("kept", "", f"in {precision.working}: {KEPT}; buffers, as they are (why: only parameters are rounded)")
     if kept:
         names = ", ".join(row[0] for row in kept[:4]) + (f" and {len(kept) - 4} more" if len(kept) > 4 else "")
         return ("kept", "", f"{names} (why: {kept[0][3]}); buffers (why: only parameters are rounded)")
@@ -96,7 +118,18 @@ def _loss_scale_reason(precision: Precision) -> str:
 
 
 def _runs(precision: Precision, hardware: Hardware) -> Row:
+    if precision.recipe:
+        return ("runs", "", f"on {hardware}: {_runs_lowbit(precision, hardware)}")
     answer = native(precision.operand, hardware)
     how = "native" if answer.value else "emulated" if hardware.kind == "cpu" else "refused"
     detail = ": rounded to the format, multiplied in fp32" if how == "emulated" else ""
     return ("runs", how, f"on {hardware}{detail} (why: {answer.reason})")
+
+
+def _runs_lowbit(precision: Precision, hardware: Hardware) -> str:
+    """How each matmul of a recipe runs, those that run alike named together."""
+    alike: dict[str, list[str]] = {}
+    for name, matmul in zip(MATMULS, precision.recipe.matmuls, strict=True):
+        value, reason = native(precision.operand, hardware) if matmul is None else native_matmul(matmul, hardware)
+        alike.setdefault(f"{'native' if value else 'emulated'} (why: {reason})", []).append(name)
+    return "; ".join(f"{', '.join(names)} {how}" for how, names in alike.items())

@@ -139,7 +139,7 @@ def build_step(
 ) -> tuple[Transformer, Optimizer, Step]:
     """Model (prepared, on `device`, in training mode), optimizer and step; config.model.vocab_size is known."""
     model = Transformer(config.model, seed=config.train.seed)
-    model = cast(Transformer, prepare(model, precision))
+    model = cast(Transformer, prepare(model, precision, config.keep_patterns()))
     move(model, device)
     model.train()
     if compile:

@@ -132,7 +132,9 @@ class Config:
     name: str = "custom"
     """Name of the run in reports, and of its directory under runs/."""
     precision: str = "auto"
-    """fp32, tf32, bf16-mixed, fp16-mixed, bf16-true, fp16-true or fp64, with overrides such as `bf16-mixed, master=fp32`; auto takes the fastest that loses nothing here."""  # noqa: E501
+    """fp32, tf32, bf16-mixed, fp16-mixed, bf16-true, fp16-true, fp64, or few bits (fp8, fp8-row, fp8-block, mxfp8, nvfp4, int8), with overrides such as `bf16-mixed, master=fp32`, or a recipe such as `output=e4m3/row, grad_input=e5m2/tensor`; auto takes the fastest of fp32, tf32 and 16 bits here."""  # noqa: E501
+    keep: str = ""
+    """Modules that stay out of the recipe (without one: out of the 16-bit format, in fp32), by name patterns between commas: `lm_head,blocks.0.*`; `blocks.3=fp32` stores one in a format of its own."""  # noqa: E501
     model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=0))
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -169,6 +171,10 @@ class Config:
         precision = Precision.parse(chosen if self.precision == "auto" and chosen else self.precision)
         overrides = {"master": self.optim.master, "loss_scale": self.optim.loss_scale}
         return precision.replace(**{key: value for key, value in overrides.items() if value != "auto"})
+
+    def keep_patterns(self) -> list[str]:
+        """`keep` as `prepare` takes it."""
+        return [pattern.strip() for pattern in self.keep.split(",") if pattern.strip()]
 
     def resolve_vocabulary(self, tokens: int) -> Config:
         """This config with the vocabulary's size known: `tokens` is what the tokenizer has. Raises FewbitsError."""
@@ -255,7 +261,9 @@ def from_mapping(document: Mapping[str, Any]) -> Config:
         raise FewbitsError(f"schema is {document['schema']!r}; this version of fewbits reads {SCHEMA}.")
     config = Config()
     for key, value in rest.items():
-        if isinstance(value, Mapping):
+        if key == "precision" and isinstance(value, Mapping):
+            config = replace(config, precision=_precision_table(value))
+        elif isinstance(value, Mapping):
             for inner, leaf in value.items():
                 config = _take(config, f"{key}.{inner}", leaf)
         else:
@@ -290,6 +298,12 @@ def recipes() -> dict[str, Path]:
     package = Path(__file__).resolve().parents[1]
     folder = next((path for path in (package / "recipes", package.parent / "recipes") if path.is_dir()), package)
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def _precision_table(table: Mapping[str, Any]) -> str:
+    """A `[precision]` table as the text it stands for: `name` first, then what it changes, such as output = "e4m3/row"."""
+    parts = [str(table["name"])] if "name" in table else []
+    return ", ".join([*parts, *(f"{key}={value}" for key, value in table.items() if key != "name")])
 
 
 def _take(config: Config, name: str, value: Any) -> Config:

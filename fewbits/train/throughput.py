@@ -12,19 +12,24 @@ import torch
 
 from fewbits.formats import Format
 from fewbits.kernels.dispatch import matmul_execution
-from fewbits.precision.hardware import describe, peak_flops
+from fewbits.precision.hardware import describe, native_matmul, peak_flops
+from fewbits.precision.precision import Precision
 
 FORMULA = "6 N + 6 L D T FLOPs a token: N multiplied weights, L layers, D wide, T tokens of causal context"
 
 
-def running_format(operand: Format, device: torch.device) -> Format:
-    """The format whose speed counts: `operand`, or fp32 where its products are emulated there."""
-    return operand if matmul_execution(operand, device).value == "native" else Format.parse("fp32")
+def running_format(precision: Precision, device: torch.device) -> Format:
+    """The format whose speed counts: what `output` multiplies, or what stands in for it where that is emulated."""
+    matmul, hardware = precision.recipe.output, describe(device)
+    if matmul is not None and native_matmul(matmul, hardware).value:
+        return matmul.left.format
+    native = matmul_execution(precision.operand, device).value == "native"
+    return precision.operand if native else Format.parse("fp32")
 
 
-def device_peak(operand: Format, device: torch.device) -> float | None:
-    """Dense peak of `device` in FLOP/s for matmuls of `operand` as they run there, or None when it is not known."""
-    return peak_flops(describe(device), running_format(operand, device))
+def device_peak(precision: Precision, device: torch.device) -> float | None:
+    """Dense peak of `device` in FLOP/s for the matmuls of `precision` as they run there, or None when it is not known."""
+    return peak_flops(describe(device), running_format(precision, device))
 
 
 def mfu(flops_per_token: float, tokens_per_second: float | None, peak: float | None) -> float | None:

@@ -189,7 +189,7 @@ class Run:
         self.last: dict[str, Any] = before.get("last") or {}
         self.evaluation: dict[str, Any] = before.get("evaluation") or {}
         self.saved: Path | None = None if checkpoint is None else checkpoint.path
-        self.peak = device_peak(training.precision.operand, training.device)
+        self.peak = device_peak(training.precision, training.device)
         self.flops = self.config.model.flops_per_token(self.config.model.context)
         report = getattr(training.model, "fewbits_report", None)
         self.table = training.precision.table(report, training.device)
