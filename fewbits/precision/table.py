@@ -92,6 +92,8 @@ def _lowbit(matmul: Matmul, precision: Precision) -> str:
 
 
 def _kept(precision: Precision, report: Any) -> Row:
+    if precision.recipe and report is not None:
+        return _outside(precision, report)
     kept = list(getattr(report, "kept", ()))
     if precision.recipe and report is None:
         return ("kept", "", f"in {precision.working}: {KEPT}; buffers, as they are (why: only parameters are rounded)")
@@ -101,6 +103,20 @@ def _kept(precision: Precision, report: Any) -> Row:
     if precision.working.bits < 32:
         return ("kept", "", "buffers, as they are (why: only parameters are rounded)")
     return ("kept", "", "every parameter, as it is (why: nothing is rounded)")
+
+
+def _outside(precision: Precision, report: Any) -> Row:
+    """How many layers the recipe took, and which modules it did not, those of a kind and reason counted together."""
+    taken = sum(row[2] == str(precision) for row in report.rows)
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, kind, what, reason in report.rows:
+        if what != str(precision):
+            why = f" (why: {reason})" if what.startswith("kept") else ""
+            alike.setdefault((kind, f"{what.removeprefix('kept in ')}{why}"), []).append(name)
+    groups = (
+        f"{names[0] if len(names) == 1 else f'{len(names)} {kind}'} in {why}" for (kind, why), names in alike.items()
+    )
+    return ("few bits", "", f"{taken} linear layers by the recipe; {'; '.join(groups)}; buffers as they are")
 
 
 def _loss_scale_reason(precision: Precision) -> str:

@@ -124,7 +124,7 @@ def test_equal_loss_scales_have_one_spelling():
 
 @pytest.mark.parametrize(
     "stored",
-    ["", "[]", "nonsense", {}, {"schema": "fewbits.precision/2"}, {**PRECISIONS["fp32"].to_json(), "working": "bf16"},
+    ["", "[]", "nonsense", {}, {"schema": "fewbits.precision/9"}, {**PRECISIONS["fp32"].to_json(), "working": "bf16"},
      {**PRECISIONS["fp32"].to_json(), "master": 3}],
 )  # fmt: skip
 def test_a_stored_precision_that_is_none_is_refused(stored):

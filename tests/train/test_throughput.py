@@ -7,16 +7,16 @@ import time
 import pytest
 import torch
 
-from fewbits.formats import Format
 from fewbits.nn.transformer import ModelConfig
 from fewbits.precision.hardware import Hardware
+from fewbits.precision.precision import Precision
 from fewbits.train import throughput
 from fewbits.train.throughput import Stopwatch, device_peak, mfu
 
 
 def test_mfu_is_null_without_a_peak_or_a_speed() -> None:
     assert mfu(1e9, 1e5, None) is None and mfu(1e9, None, 1e15) is None
-    assert device_peak(Format.parse("fp32"), torch.device("cpu")) is None
+    assert device_peak(Precision.parse("fp32"), torch.device("cpu")) is None
 
 
 def test_the_strongest_published_step_is_below_its_peak() -> None:
@@ -30,8 +30,8 @@ def test_the_strongest_published_step_is_below_its_peak() -> None:
 def test_the_peak_is_that_of_the_format_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     h100 = Hardware("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
     monkeypatch.setattr(throughput, "describe", lambda device: h100)
-    monkeypatch.setattr(throughput, "running_format", lambda format, device: format)
-    peaks = [device_peak(Format.parse(name), torch.device("cuda")) for name in ("fp32", "tf32", "bf16")]
+    monkeypatch.setattr(throughput, "running_format", lambda precision, device: precision.operand)
+    peaks = [device_peak(Precision.parse(name), torch.device("cuda")) for name in ("fp32", "tf32", "bf16-mixed")]
     assert all(peaks) and peaks == sorted(peaks)  # type: ignore[type-var]
 
 
@@ -39,7 +39,7 @@ def test_what_is_emulated_counts_as_fp32(monkeypatch: pytest.MonkeyPatch) -> Non
     from fewbits.choice import Choice
 
     monkeypatch.setattr(throughput, "matmul_execution", lambda *_: Choice("emulated", "a test"))
-    assert throughput.running_format(Format.parse("bf16"), torch.device("cpu")).name == "fp32"
+    assert throughput.running_format(Precision.parse("bf16-mixed"), torch.device("cpu")).name == "fp32"
 
 
 def test_the_stopwatch_counts_steps_and_not_what_lies_between() -> None:
