@@ -59,8 +59,8 @@ class Quantized:
     @property
     def exact_in_bf16(self) -> bool:
         """Whether every code * scale is a bf16 number: up to 8 significant bits together (a scale in e4m3 has 4)."""
-        short = {"power-of-two": 1, "delayed": 1, "unit": 1, "two-level": 4}.get(self.scales)
-        return short is not None and (1 + self.format.mantissa_bits) + short - 1 <= 8
+        bits = {"power-of-two": 0, "delayed": 0, "unit": 0, "two-level": 4}.get(self.scales)
+        return bits is not None and 1 + self.format.mantissa_bits + bits <= 8
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """code * scale in `dtype`, computed in fp32 and rounded once; shape of codes."""
@@ -131,7 +131,7 @@ def encode(
         return scaled.clamp_(-format.max, format.max).to(dtype)  # torch 2.11 turns what is beyond e4m3 into NaN
     if rounding == "nearest-even" and format.kind == "int":
         return scaled.round_().nan_to_num_(nan=0.0).to(dtype)
-    values = cast(scaled, format, rounding)
+    values = cast(scaled, format, rounding, seed=seed)
     return (values if dtype.is_floating_point else values.nan_to_num(nan=0.0)).to(dtype)
 
 
