@@ -1,0 +1,177 @@
+"""The device code of kernels/quantize.py, in Triton: one tile [BM, BN] of a matrix a program.
+
+Everything is 32-bit integer arithmetic on the bits of fp32, which no compiler reorders, so that the interpreter of Triton
+(TRITON_INTERPRET=1) and a GPU give the same codes as the definition. Exact scales divide in fp64, rounded to nearest.
+
+A tile is cut into parts of SR x SC elements that never straddle blocks; where a part is a whole block, its maximum never
+leaves the program. Offsets are 64 bits: a matrix may have more than 2^31 elements.
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"  (the types of device code are those of Triton)
+from __future__ import annotations
+
+try:
+    import triton.language as tl
+    from triton import jit
+except ImportError:  # kernels/quantize.py says so before it comes here
+
+    def jit(function):
+        return function
+
+
+@jit
+def amax_kernel(
+    x, amax, R, C, stride_r, stride_c, block_r, block_c, grid_c, tiles_c,
+    BM: tl.constexpr, BN: tl.constexpr, SR: tl.constexpr, SC: tl.constexpr,
+):  # fmt: skip
+    """amax [grid rows, grid columns], int32 bits of fp32 starting from 0: raised to the largest magnitude of each block."""
+    program = tl.program_id(0)
+    r0 = (program // tiles_c).to(tl.int64) * BM
+    c0 = (program % tiles_c).to(tl.int64) * BN
+    bits = _part_amax(_load(x, r0, c0, R, C, stride_r, stride_c, BM, BN), BM, BN, SR, SC)
+    rows = r0 + tl.arange(0, BM // SR) * SR
+    columns = c0 + tl.arange(0, BN // SC) * SC
+    place = (rows // block_r)[:, None] * grid_c + (columns // block_c)[None, :]
+    tl.atomic_max(amax + place, bits, mask=(rows < R)[:, None] & (columns < C)[None, :])
+
+
+@jit
+def encode_kernel(
+    x, codes, codes_t, amax, scale, key, R, C, stride_r, stride_c, block_r, block_c, grid_c, tiles_c,
+    BM: tl.constexpr, BN: tl.constexpr, SR: tl.constexpr, SC: tl.constexpr,
+    FROM: tl.constexpr, KIND: tl.constexpr, LARGEST: tl.constexpr, TOP: tl.constexpr, FRACTION: tl.constexpr,
+    MANTISSA: tl.constexpr, LOWEST: tl.constexpr, LIMIT: tl.constexpr, INTEGER: tl.constexpr, CARRIED: tl.constexpr,
+    STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Codes of x / scale as bytes, row by row (ROWS) and column by column (COLUMNS).
+
+    FROM: where the scale comes from: "tile" (a part is a block), "amax" (bits of amax_kernel) or "scale" (given, fp32).
+    The others write it. KIND: "power-of-two" or "exact". LARGEST: the format's, TOP its exponent, FRACTION its fraction in
+    fp32 and LIMIT its bits. MANTISSA: its mantissa bits, LOWEST: biased fp32 exponent of its smallest normal number (an
+    integer is a float that is always subnormal). CARRIED: its codes are e4m3 codes of the same values.
+    """
+    program = tl.program_id(0)
+    r0 = (program // tiles_c).to(tl.int64) * BM
+    c0 = (program % tiles_c).to(tl.int64) * BN
+    tile = _load(x, r0, c0, R, C, stride_r, stride_c, BM, BN)
+    part_r = r0 + tl.arange(0, BM // SR) * SR
+    part_c = c0 + tl.arange(0, BN // SC) * SC
+    inside = (part_r < R)[:, None] & (part_c < C)[None, :]
+    place = (part_r // block_r)[:, None] * grid_c + (part_c // block_c)[None, :]
+    if FROM == "scale":
+        value = tl.load(scale + place, mask=inside, other=1.0)
+    else:
+        if FROM == "tile":
+            bits = _part_amax(tile, BM, BN, SR, SC)
+        else:
+            bits = tl.load(amax + place, mask=inside, other=0)
+        value = _scale_of(bits, KIND, LARGEST, TOP, FRACTION)
+        first = (part_r % block_r == 0)[:, None] & (part_c % block_c == 0)[None, :]
+        tl.store(scale + place, value, mask=inside & first)
+    inv_scale = (1.0 / value.to(tl.float64)).to(tl.float32)
+    spread = tl.broadcast_to(inv_scale[:, None, :, None], (BM // SR, SR, BN // SC, SC))
+    scaled = tile * tl.reshape(spread, (BM, BN))
+    rows = r0 + tl.arange(0, BM)
+    columns = c0 + tl.arange(0, BN)
+    draws = tl.zeros((BM, BN), dtype=tl.uint32)
+    if STOCHASTIC:
+        draws = _random_bits(tl.load(key), rows[:, None] * C + columns[None, :])
+    out = _codes(scaled, draws, MANTISSA, LOWEST, LIMIT, INTEGER, CARRIED, STOCHASTIC).to(tl.uint8)
+    mask = (rows < R)[:, None] & (columns < C)[None, :]
+    if ROWS:
+        tl.store(codes + rows[:, None] * C + columns[None, :], out, mask=mask)
+    if COLUMNS:
+        tl.store(codes_t + columns[None, :] * R + rows[:, None], out, mask=mask)
+
+
+@jit
+def _load(x, r0, c0, R, C, stride_r, stride_c, BM: tl.constexpr, BN: tl.constexpr):
+    """A tile, widened to fp32 at once; zeros beyond the edges."""
+    rows = r0 + tl.arange(0, BM)
+    columns = c0 + tl.arange(0, BN)
+    mask = (rows < R)[:, None] & (columns < C)[None, :]
+    return tl.load(x + rows[:, None] * stride_r + columns[None, :] * stride_c, mask=mask, other=0.0).to(tl.float32)
+
+
+@jit
+def _part_amax(tile, BM: tl.constexpr, BN: tl.constexpr, SR: tl.constexpr, SC: tl.constexpr):
+    """Bits of the largest magnitude of every part: magnitudes order as integers, infinity and NaN above all."""
+    magnitude = tile.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    parts = tl.reshape(magnitude, (BM // SR, SR, BN // SC, SC))
+    return tl.max(tl.max(parts, axis=3), axis=1)
+
+
+@jit
+def _scale_of(bits, KIND: tl.constexpr, LARGEST: tl.constexpr, TOP: tl.constexpr, FRACTION: tl.constexpr):
+    """Scales of numerics/scaling.py from the bits of amax; NaN where it is not finite."""
+    if KIND == "power-of-two":
+        k = (bits >> 23) - 127 - TOP + ((bits & 0x7FFFFF) > FRACTION).to(tl.int32)
+        k = tl.minimum(tl.maximum(k, -126), 126)
+        value = ((k + 127) << 23).to(tl.float32, bitcast=True)
+    else:
+        quotient = bits.to(tl.float32, bitcast=True).to(tl.float64) / LARGEST
+        value = tl.where(bits == 0, 1.0, tl.maximum(quotient.to(tl.float32), 2.0**-126))
+    nan = tl.full(bits.shape, 0x7FC00000, tl.int32).to(tl.float32, bitcast=True)
+    return tl.where(bits < 0x7F800000, value, nan)
+
+
+@jit
+def _codes(
+    scaled, draws, MANTISSA: tl.constexpr, LOWEST: tl.constexpr, LIMIT: tl.constexpr, INTEGER: tl.constexpr,
+    CARRIED: tl.constexpr, STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """Codes, int32 in the lowest 8 bits, of fp32 values: saturated, rounded once.
+
+    In units of the last place that the format has there, a magnitude is significand / 2^shift; the integer that it rounds
+    to, added to the exponent field less one, is the code, and a carry moves into the exponent as it should.
+    """
+    bits = scaled.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    is_nan = magnitude > 0x7F800000
+    magnitude = tl.minimum(magnitude, LIMIT)
+    significand = (magnitude & 0x7FFFFF) | 0x800000
+    binade = tl.maximum(magnitude >> 23, LOWEST)
+    shift = tl.minimum(23 - MANTISSA + binade - (magnitude >> 23), 30)  # beyond 25 everything is less than half a unit
+    if STOCHASTIC:
+        whole = _stochastic(significand, shift, draws)
+    else:
+        whole = (significand + ((significand >> shift) & 1) + (1 << (shift - 1)) - 1) >> shift
+    negative = bits < 0
+    if INTEGER:
+        return tl.where(is_nan, 0, tl.where(negative, -whole, whole)) & 0xFF
+    if CARRIED:
+        value = whole.to(tl.float32) * ((binade - MANTISSA) << 23).to(tl.float32, bitcast=True)  # exact
+        magnitude = value.to(tl.int32, bitcast=True)
+        # zero is the only value here that e4m3 has no normal number for
+        code = tl.where(magnitude == 0, 0, ((magnitude >> 23) - 120 << 3) | ((magnitude >> 20) & 7))
+    else:
+        code = ((binade - LOWEST) << MANTISSA) + whole
+    return tl.where(is_nan, 0x7F, code | tl.where(negative, 0x80, 0))
+
+
+@jit
+def _stochastic(significand, shift, draws):
+    """significand / 2^shift rounded up with the probability of its fraction."""
+    return significand >> shift
+
+
+@jit
+def _random_bits(key, index):
+    """`random_bits` of numerics/random.py: uint32 of a 64-bit key and 64-bit indices."""
+    low = (key & 0xFFFFFFFF).to(tl.uint32)
+    high = ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    high = high ^ _scramble(low, 0, 0x9E3779B9)
+    low = low ^ _scramble(high, 0, 0x3C6EF372)
+    high = high ^ _scramble(low, 0, 0xDAA66D2B)
+    first = (index & 0xFFFFFFFF).to(tl.uint32)
+    return _scramble(first, low, high + (index >> 32).to(tl.uint32) * 0x9E3779B9)
+
+
+@jit
+def _scramble(h, a, b):
+    h = h ^ a
+    h = (h ^ (h >> 17)) * 0xED5AD4BB
+    h = h + b
+    h = (h ^ (h >> 11)) * 0xAC4C1B51
+    h = (h ^ (h >> 15)) * 0x31848BAB
+    return h ^ (h >> 14)
