@@ -6,25 +6,30 @@ definition is `scaled_matmul` of numerics/matmul.py; what runs instead gives the
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from fewbits.choice import Choice
 from fewbits.formats import Format
-from fewbits.kernels.dispatch import emulated, matmul_execution
+from fewbits.kernels.dispatch import emulated, probed
 from fewbits.numerics.matmul import modelled_matmul
-from fewbits.numerics.quantize import Quantized
+from fewbits.numerics.quantize import Quantized, quantize
 from fewbits.numerics.scaling import Granularity
+from fewbits.precision.hardware import describe, native_granularities
+from fewbits.precision.recipe import Matmul, Operand
 
 TENSOR, ROW = Granularity(), Granularity(1, 0)
-_BLOCK = {Granularity(1, 128), Granularity(128, 128)}
+BLOCK, SQUARE = Granularity(1, 128), Granularity(128, 128)
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def scaled_matmul(
     left: Quantized, right: Quantized, accumulator: str, dtype: torch.dtype, bias: Tensor | None = None
 ) -> Tensor:
-    """left @ right.T (+ bias) in `dtype`, rounded once: [M, N]. accumulator: as a recipe names it."""
+    """left @ right.T (+ bias) in `dtype`: [M, N], rounded once (fp8 with scales of rows or blocks: once more for the bias).
+    accumulator: as a recipe names it."""
     kind = native_kind(left, right, accumulator)
     if kind == "fp8":
         return _native_fp8(left, right, accumulator == "fast", dtype, bias)
@@ -40,29 +45,6 @@ def scaled_matmul(
     return torch.nn.functional.linear(left.dequantize(), right.dequantize(), wide).to(dtype)
 
 
-def execution(
-    left: Format, right: Format, granularities: tuple[Granularity, Granularity], device: torch.device
-) -> Choice:
-    """What multiplies two formats on a device: Choice("native" | "emulated", reason). Shapes may still stand in the way:
-    a matmul that fp8 instructions cannot take (sides not divisible by 16) falls back to the exact values."""
-    name = "fp8" if {left.name, right.name} <= {"fp8_e4m3", "fp8_e5m2"} else left.name
-    if name not in ("fp8", "int8") or (name == "int8" and right.name != "int8"):
-        return Choice(
-            "emulated", f"no device that is known here multiplies {left} by {right}; exact values in 16 bits do"
-        )
-    choice = matmul_execution(left, device)
-    if choice.value == "emulated":
-        return Choice("emulated", f"{choice.reason}; the codes are exact in bf16")
-    allowed = _granularities(name, left, right)
-    if granularities not in allowed:
-        shown = " or ".join(f"{a} x {b}" for a, b in sorted(allowed, key=str))
-        return Choice(
-            "emulated",
-            f"{device.type} multiplies {name} with scales of {shown}, not {granularities[0]} x {granularities[1]}",
-        )
-    return choice
-
-
 def native_kind(left: Quantized, right: Quantized, accumulator: str) -> str:
     """ "fp8", "int8", or "" where exact values are multiplied instead."""
     a, b, device = left.codes, right.codes, left.codes.device
@@ -70,11 +52,12 @@ def native_kind(left: Quantized, right: Quantized, accumulator: str) -> str:
         return ""
     pair = (left.granularity, right.granularity)
     if a.dtype in _FP8 and b.dtype in _FP8 and left.format.dtype == a.dtype and right.format.dtype == b.dtype:
-        fits = device.type == "cuda" and a.shape[1] % 16 == 0 and b.shape[0] % 16 == 0
-        if fits and pair in _granularities("fp8", left.format, right.format) and not emulated("fp8_e4m3", "cuda"):
-            return "fp8" if pair not in _block_pairs() or a.shape[1] % 128 == 0 else ""
-        return ""
-    if a.dtype == torch.int8 and b.dtype == torch.int8 and pair in _granularities("int8", left.format, right.format):
+        if device.type != "cuda" or a.shape[1] % 16 or b.shape[0] % 16 or emulated("fp8_e4m3", "cuda"):
+            return ""
+        if pair not in _pairs(left.format, right.format, "cuda"):
+            return ""
+        return "fp8" if pair not in _BLOCKS or _blocks_fit(left, right) else ""
+    if a.dtype == torch.int8 and b.dtype == torch.int8 and pair in _pairs(left.format, right.format, device.type):
         if emulated("int8", device.type):
             return ""
         fits = device.type == "cpu" or (a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0)
@@ -82,36 +65,95 @@ def native_kind(left: Quantized, right: Quantized, accumulator: str) -> str:
     return ""
 
 
-def _block_pairs() -> set[tuple[Granularity, Granularity]]:
-    return {(Granularity(1, 128), Granularity(128, 128)), (Granularity(1, 128), Granularity(1, 128))}
+def _blocks_fit(left: Quantized, right: Quantized) -> bool:
+    """Whether the instruction takes these sides under scales of blocks: whole blocks, and scales in fours (16 bytes)."""
+    (M, K), N = left.codes.shape, right.codes.shape[0]
+    whole = K % 128 == 0 and M % 4 == 0 and N % (128 if right.granularity == SQUARE else 4) == 0
+    return whole and block_execution(left.codes.device).value == "native"
 
 
-def _granularities(name: str, left: Format, right: Format) -> set[tuple[Granularity, Granularity]]:
+def block_execution(device: torch.device) -> Choice:
+    """Whether fp8 with scales of blocks runs natively: cuBLAS has it since 12.9, on Hopper alone. Tried once, since a
+    layout of scales that another version reads otherwise would give wrong numbers and no error."""
+
+    def probe() -> str:
+        generator = torch.Generator().manual_seed(0)  # 5 blocks along K: their number is padded to 8
+        x, w = (torch.randn(n, 640, generator=generator).cumsum(0).to(device, torch.bfloat16) for n in (256, 384))
+        left = quantize(x, "fp8_e4m3", BLOCK)
+        for granularity in (SQUARE, BLOCK):
+            right = quantize(w, "fp8_e4m3", granularity)
+            exact = left.dequantize(torch.float64) @ right.dequantize(torch.float64).t()
+            try:
+                found = scaled_mm_blocks(left.codes, left.scale, right.codes, right.scale, torch.float32)
+            except (RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
+                return f"{BLOCK} x {granularity} is refused: {str(error).splitlines()[0]}"
+            # Hopper keeps some 14 bits of an fp8 sum between promotions; a wrong scale is off by a factor of 2 or more
+            if not (found.double() - exact).norm() < 2.0**-7 * exact.norm():
+                return f"{BLOCK} x {granularity} gives wrong products here"
+        return ""
+
+    return probed("fp8 blocks", device, probe)
+
+
+_BLOCKS = {(BLOCK, SQUARE), (BLOCK, BLOCK)}
+
+
+@cache
+def _pairs(left: Format, right: Format, device_type: str) -> set[tuple[Granularity, Granularity]]:
     """The pairs of granularities that the device's instruction takes."""
-    outer = {(a, b) for a in (TENSOR, ROW) for b in (TENSOR, ROW)}
-    if name == "int8":
-        return outer
-    both_e4m3 = left.name == right.name == "fp8_e4m3"
-    return {(TENSOR, TENSOR)} | ({(ROW, ROW)} | _block_pairs() if both_e4m3 else set())
+    return native_granularities(
+        Matmul(Operand(left, TENSOR), Operand(right, TENSOR)), describe(torch.device(device_type))
+    )
 
 
 def _native_fp8(left: Quantized, right: Quantized, fast: bool, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
     """torch._scaled_mm, which wants `left` row by row and `right` column by column."""
+    if left.granularity == BLOCK:
+        y: Tensor = scaled_mm_blocks(left.codes, left.scale, right.codes, right.scale, dtype)
+        return y if bias is None else y + bias
     a, b = left.codes.contiguous(), right.codes.contiguous().t()
     if left.granularity == TENSOR:
         return torch._scaled_mm(
             a, b, left.scale.view(()), right.scale.view(()), bias=bias, out_dtype=dtype, use_fast_accum=fast
         )
-    if left.granularity == ROW:
-        y = torch._scaled_mm(
-            a, b, left.scale.contiguous(), right.scale.t().contiguous(), out_dtype=dtype, use_fast_accum=fast
-        )
-        return y if bias is None else y + bias
-    # scales of 1 x 128 blocks lie column by column, those of 128 x 128 blocks row by row (cuBLAS 12.9)
-    scale_a = left.scale.t().contiguous().t()
-    scale_b = right.scale.t() if right.granularity == Granularity(128, 128) else right.scale.t().contiguous()
-    y = torch._scaled_mm(a, b, scale_a, scale_b, out_dtype=dtype, use_fast_accum=False)
+    scale_a, scale_b = left.scale.contiguous(), right.scale.t().contiguous()
+    y = torch._scaled_mm(a, b, scale_a, scale_b, out_dtype=dtype, use_fast_accum=fast)
     return y if bias is None else y + bias
+
+
+# An operator of its own: what inductor makes of aten's would fix neither the strides nor the padding of the scales
+@torch.library.custom_op("fewbits::scaled_mm_blocks", mutates_args=())
+def scaled_mm_blocks(
+    left: Tensor, left_scale: Tensor, right: Tensor, right_scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """left [M, K] @ right [N, K].T of e4m3 codes in `dtype`. left_scale: fp32 [M, K / 128]; right_scale: [N, K / 128], or
+    [N / 128, K / 128] for square blocks. Promoted to fp32 along K. Raises what torch raises."""
+    from torch.nn.functional import ScalingType, scaled_mm
+
+    square = right_scale.shape[0] != right.shape[0]
+    scale_a, scale_b = block_scales(left_scale, False), block_scales(right_scale, square)
+    recipe = ScalingType.BlockWise128x128 if square else ScalingType.BlockWise1x128
+    a, b = left.contiguous(), right.contiguous().t()
+    y: Tensor = scaled_mm(a, b, scale_a, ScalingType.BlockWise1x128, scale_b, recipe, output_dtype=dtype)
+    return y
+
+
+@scaled_mm_blocks.register_fake
+def _(left: Tensor, left_scale: Tensor, right: Tensor, right_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return left.new_empty(left.shape[0], right.shape[0], dtype=dtype)
+
+
+def block_scales(scale: Tensor, square: bool) -> Tensor:
+    """Scales of blocks [rows, K / 128] as cuBLAS reads them ("1D and 2D block scaling for FP8 data types" of its manual).
+
+    1 x 128: the same matrix, column by column. 128 x 128: the transpose, with K / 128 padded to a multiple of 4, K / 128
+    side by side in memory; torch._scaled_mm asks for the unpadded matrix, which cuBLAS misreads, so scaled_mm is called.
+    """
+    if not square:
+        return scale.t().contiguous().t()
+    padded = torch.zeros(scale.shape[0], -(-scale.shape[1] // 4) * 4, dtype=scale.dtype, device=scale.device)
+    padded[:, : scale.shape[1]] = scale
+    return padded.t()
 
 
 def _native_int8(left: Quantized, right: Quantized, dtype: torch.dtype, bias: Tensor | None) -> Tensor:

@@ -43,8 +43,8 @@ def why_not(x: Tensor, format: Format, rounding: str = "nearest-even") -> str:
         return f"rounding {rounding}"
     if format.kind == "binary" or not format.signed or carrier(format).itemsize != 1:
         return f"codes of {format} are not one signed byte each"
-    if format.specials == "ieee" and (format.dtype is None or rounding == "stochastic"):
-        return f"{format} keeps infinities"
+    if format.specials == "ieee" and format.dtype is None:
+        return f"{format} has infinities that its carrier has not"
     return ""
 
 
@@ -197,7 +197,8 @@ def _launch(
         FROM=source, KIND=kind, LARGEST=format.max, TOP=exponent - 1, FRACTION=limit & 0x7FFFFF,
         MANTISSA=format.mantissa_bits, LOWEST=127 + (format.mantissa_bits if integer else format.min_exponent),
         LIMIT=limit, INTEGER=integer, CARRIED=not integer and format.dtype is None,
-        STOCHASTIC=rounding == "stochastic", ROWS=True, COLUMNS=turned is not None, num_warps=_warps(tiles),
+        STOCHASTIC=rounding == "stochastic", INFINITE=rounding == "stochastic" and format.has_infinity,
+        BOTH=turned is not None, num_warps=_warps(tiles),
     )  # fmt: skip
 
 

@@ -7,7 +7,6 @@ A tile is cut into parts of SR x SC elements that never straddle blocks; where a
 leaves the program. Offsets are 64 bits: a matrix may have more than 2^31 elements.
 """
 
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"  (the types of device code are those of Triton)
 from __future__ import annotations
 
 try:
@@ -41,14 +40,15 @@ def encode_kernel(
     BM: tl.constexpr, BN: tl.constexpr, SR: tl.constexpr, SC: tl.constexpr,
     FROM: tl.constexpr, KIND: tl.constexpr, LARGEST: tl.constexpr, TOP: tl.constexpr, FRACTION: tl.constexpr,
     MANTISSA: tl.constexpr, LOWEST: tl.constexpr, LIMIT: tl.constexpr, INTEGER: tl.constexpr, CARRIED: tl.constexpr,
-    STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    STOCHASTIC: tl.constexpr, INFINITE: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
-    """Codes of x / scale as bytes, row by row (ROWS) and column by column (COLUMNS).
+    """Codes of x / scale as bytes, row by row and, for BOTH, column by column too.
 
     FROM: where the scale comes from: "tile" (a part is a block), "amax" (bits of amax_kernel) or "scale" (given, fp32).
     The others write it. KIND: "power-of-two" or "exact". LARGEST: the format's, TOP its exponent, FRACTION its fraction in
     fp32 and LIMIT its bits. MANTISSA: its mantissa bits, LOWEST: biased fp32 exponent of its smallest normal number (an
-    integer is a float that is always subnormal). CARRIED: its codes are e4m3 codes of the same values.
+    integer is a float that is always subnormal). CARRIED: its codes are e4m3 codes of the same values. INFINITE: an
+    infinity under a given scale stays one.
     """
     program = tl.program_id(0)
     r0 = (program // tiles_c).to(tl.int64) * BM
@@ -76,11 +76,10 @@ def encode_kernel(
     draws = tl.zeros((BM, BN), dtype=tl.uint32)
     if STOCHASTIC:
         draws = _random_bits(tl.load(key), rows[:, None] * C + columns[None, :])
-    out = _codes(scaled, draws, MANTISSA, LOWEST, LIMIT, INTEGER, CARRIED, STOCHASTIC).to(tl.uint8)
+    out = _codes(scaled, draws, MANTISSA, LOWEST, LIMIT, INTEGER, CARRIED, STOCHASTIC, INFINITE).to(tl.uint8)
     mask = (rows < R)[:, None] & (columns < C)[None, :]
-    if ROWS:
-        tl.store(codes + rows[:, None] * C + columns[None, :], out, mask=mask)
-    if COLUMNS:
+    tl.store(codes + rows[:, None] * C + columns[None, :], out, mask=mask)
+    if BOTH:
         tl.store(codes_t + columns[None, :] * R + rows[:, None], out, mask=mask)
 
 
@@ -118,7 +117,7 @@ def _scale_of(bits, KIND: tl.constexpr, LARGEST: tl.constexpr, TOP: tl.constexpr
 @jit
 def _codes(
     scaled, draws, MANTISSA: tl.constexpr, LOWEST: tl.constexpr, LIMIT: tl.constexpr, INTEGER: tl.constexpr,
-    CARRIED: tl.constexpr, STOCHASTIC: tl.constexpr,
+    CARRIED: tl.constexpr, STOCHASTIC: tl.constexpr, INFINITE: tl.constexpr,
 ):  # fmt: skip
     """Codes, int32 in the lowest 8 bits, of fp32 values: saturated, rounded once.
 
@@ -128,13 +127,15 @@ def _codes(
     bits = scaled.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     is_nan = magnitude > 0x7F800000
+    is_infinite = magnitude == 0x7F800000
     magnitude = tl.minimum(magnitude, LIMIT)
     significand = (magnitude & 0x7FFFFF) | 0x800000
     binade = tl.maximum(magnitude >> 23, LOWEST)
-    shift = tl.minimum(23 - MANTISSA + binade - (magnitude >> 23), 30)  # beyond 25 everything is less than half a unit
+    shift = 23 - MANTISSA + binade - (magnitude >> 23)
     if STOCHASTIC:
         whole = _stochastic(significand, shift, draws)
     else:
+        shift = tl.minimum(shift, 30)  # beyond 25 everything is less than half a unit
         whole = (significand + ((significand >> shift) & 1) + (1 << (shift - 1)) - 1) >> shift
     negative = bits < 0
     if INTEGER:
@@ -146,13 +147,18 @@ def _codes(
         code = tl.where(magnitude == 0, 0, ((magnitude >> 23) - 120 << 3) | ((magnitude >> 20) & 7))
     else:
         code = ((binade - LOWEST) << MANTISSA) + whole
+    if INFINITE:
+        code = tl.where(is_infinite, code + 1, code)
     return tl.where(is_nan, 0x7F, code | tl.where(negative, 0x80, 0))
 
 
 @jit
 def _stochastic(significand, shift, draws):
-    """significand / 2^shift rounded up with the probability of its fraction."""
-    return significand >> shift
+    """significand / 2^shift, plus a random fraction of 32 bits, cut."""
+    fraction = (significand << tl.maximum(32 - shift, 0)).to(tl.uint32)  # what is whole leaves at the top
+    fraction = tl.where(shift > 32, (significand >> tl.minimum(tl.maximum(shift - 32, 0), 31)).to(tl.uint32), fraction)
+    carry = fraction > (draws ^ 0xFFFFFFFF)
+    return (significand >> tl.minimum(shift, 31)) + carry.to(tl.int32)
 
 
 @jit

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
-from fewbits.kernels.dispatch import emulated
+from fewbits.kernels.dispatch import emulated, quantize
 from fewbits.kernels.matmul import scaled_matmul
 from fewbits.numerics.hadamard import random_hadamard
-from fewbits.numerics.quantize import Quantized, encode, quantize
+from fewbits.numerics.quantize import Quantized, encode
 from fewbits.numerics.scaling import block_amax, power_of_two_scale
 from fewbits.numerics.wide import widen
 from fewbits.precision.recipe import Operand, Recipe

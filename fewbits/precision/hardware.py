@@ -195,6 +195,8 @@ def native_granularities(matmul: Matmul, hardware: Hardware) -> set[tuple[Granul
     tensor, row, group = Granularity(), Granularity(1, 0), Granularity(1, 128)
     if matmul.left.format.name == "int8":  # sums are int32: the scales of rows and columns come afterwards
         return {(a, b) for a in (tensor, row) for b in (tensor, row)}
+    if matmul.left.format.name == matmul.right.format.name == "fp8_e5m2":
+        return set()  # cuBLAS has no product of two e5m2
     found = {(tensor, tensor)}
     if matmul.left.format.name == matmul.right.format.name == "fp8_e4m3":
         found.add((row, row))

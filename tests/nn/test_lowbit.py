@@ -1,0 +1,165 @@
+"""The linear layer in few bits: codes are what is kept, a weight is quantized once a step, and a step repeats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import fewbits
+from fewbits import AdamW, ModelConfig, Step, Transformer
+from fewbits.nn.linear import Linear
+from fewbits.nn.lowbit import held_weights, hold_text
+from fewbits.precision.recipe import RECIPES
+
+CONFIG = ModelConfig(
+    vocab_size=61, context=16, n_layer=1, n_head=2, n_embd=64, norm="rmsnorm", activation="swiglu", positions="rope",
+    bias=False,
+)  # fmt: skip
+STOCHASTIC = [name for name, recipe in RECIPES.items() if recipe.stochastic]
+
+
+def batch(i: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(61, (4, 17), generator=torch.Generator().manual_seed(i))
+    return {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+
+
+def layer(precision: str) -> tuple[torch.nn.Module, Linear]:
+    model = fewbits.prepare(torch.nn.Sequential(torch.nn.Linear(128, 256)), precision)
+    found = model[0]
+    assert isinstance(found, Linear)
+    return model, found
+
+
+def build(precision: str) -> tuple[Transformer, Step]:
+    model = fewbits.prepare(Transformer(CONFIG), precision)
+    return model, Step(model, AdamW(model.named_parameters(), lr=1e-2), precision)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_graph_keeps_codes_and_no_16_bit_copy_of_the_activation(name):
+    model, linear = layer(name)
+    saved: list[torch.Tensor] = []
+    with held_weights(model), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        x = torch.randn(64, 128, dtype=torch.bfloat16, requires_grad=True)
+        y = model(x)
+    codes = [t for t in saved if t.numel() >= x.numel()]
+    assert sorted(t.numel() for t in codes) == [x.numel(), linear.weight.numel()]
+    assert {t.element_size() for t in codes} == {1}
+    y.sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8-row", "fp8-block", "mxfp8", "int8"])
+def test_the_gradients_are_those_of_the_exact_layer_up_to_the_format(name):
+    """A code is within 2^-4 of its value in e4m3, 2^-3 in e5m2 and 1/254 of the largest of its row in int8; errors of
+    the 64 terms and more of a sum are independent, so that the error of a gradient tensor stays near that of one code."""
+    model, linear = layer(name)
+    x, grad = torch.randn(64, 128), torch.randn(64, 256)
+    exact = linear.weight.detach().double()
+    a = x.to(torch.bfloat16).requires_grad_()
+    y = model(a)
+    y.backward(grad.to(torch.bfloat16))
+    for found, wanted in (
+        (y - linear.bias, x.double() @ exact.t()),
+        (a.grad, grad.double() @ exact),
+        (linear.weight.grad, grad.double().t() @ x.double()),
+        (linear.bias.grad, grad.double().sum(0)),
+    ):
+        assert found is not None
+        assert float((found.double() - wanted).norm()) < 2.0**-3 * float(wanted.norm())
+
+
+class Counted:
+    """A quantizer of weights that notes what it was given."""
+
+    def __init__(self) -> None:
+        self.weights: list[int] = []
+
+    def __call__(self, weight: torch.Tensor, recipe: str, *known: Any) -> Any:
+        self.weights.append(id(weight))
+        return hold_text(weight, recipe, *known)
+
+
+def test_a_weight_is_quantized_once_a_step_whatever_the_number_of_micro_batches():
+    model, step = build("fp8")
+    counted = Counted()
+    model.fewbits_hold = counted
+    layers = [m for m in model.modules() if getattr(m, "recipe", "")]
+    step([batch(0), batch(1), batch(2)])
+    assert sorted(counted.weights) == sorted(id(m.weight) for m in layers)
+    assert all(m.held is None for m in layers)
+
+
+def test_held_codes_are_never_older_than_the_weight():
+    model, step = build("fp8")
+    layers = [m for m in model.modules() if getattr(m, "recipe", "")]
+    before = [m.weight.detach().clone() for m in layers]
+    for i in range(3):
+        step([batch(i)])
+        with held_weights(model):
+            for module in layers:
+                fresh = hold_text(module.weight, module.recipe, None, None)
+                assert torch.equal(module.held.output_codes.float(), fresh.output_codes.float())
+                assert torch.equal(module.held.output_scale, fresh.output_scale)
+    assert not any(torch.equal(m.weight, old) for m, old in zip(layers, before, strict=True))
+
+
+def test_a_step_that_breaks_off_lets_go_of_the_codes():
+    model, _ = build("fp8")
+    layers = [m for m in model.modules() if getattr(m, "recipe", "")]
+    with pytest.raises(RuntimeError, match="on purpose"), held_weights(model):
+        raise RuntimeError("on purpose")
+    assert all(m.held is None for m in layers)
+
+
+@pytest.mark.parametrize("name", ["fp8-block", "int8", "nvfp4", "fp8-delayed"])
+def test_accumulated_micro_batches_use_the_codes_of_one_weight(name):
+    """Held or quantized at every call: the same codes, so the same outputs."""
+    model, _ = layer(name)
+    x = torch.randn(32, 128, dtype=torch.bfloat16)
+    with torch.no_grad():
+        loose = model(x)
+        with held_weights(model):
+            assert torch.equal(model(x), loose)
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_2n_steps_with_random_rounding_equal_n_save_load_n(name):
+    whole_model, whole = build(name)
+    for i in range(4):
+        whole([batch(2 * i), batch(2 * i + 1)])
+    first_model, first = build(name)
+    for i in range(2):
+        first([batch(2 * i), batch(2 * i + 1)])
+    names = list(first_model.named_parameters())
+    weights = {n: first.optimizer.exact_weight(p).clone() for n, p in names}
+    state, counters = first.optimizer.named_state(names), first.state_dict()
+    second_model, second = build(name)
+    names = list(second_model.named_parameters())
+    for n, p in names:
+        second.optimizer.load_exact(p, weights[n])
+    second.optimizer.load_named_state(names, state)
+    second.load_state_dict(counters)
+    for i in range(2, 4):
+        second([batch(2 * i), batch(2 * i + 1)])
+    for a, b in zip(whole_model.parameters(), second_model.parameters(), strict=True):
+        assert torch.equal(whole.optimizer.exact_weight(a), second.optimizer.exact_weight(b))
+    assert int(whole.optimizer.applied_steps) == 4
+
+
+@pytest.mark.parametrize("name", ["fp8-block"])
+def test_compiled_layers_give_the_outputs_and_gradients_of_eager_ones(name):
+    """The same codes are multiplied; only the order of fp32 sums may differ, and their one rounding to bf16."""
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model, linear = layer(name)
+        run = torch.compile(model, dynamic=False) if compiled else model
+        x = torch.randn(64, 128, dtype=torch.bfloat16, requires_grad=True)
+        y = run(x)
+        y.backward(torch.randn(64, 256).to(torch.bfloat16))
+        results.append([y.detach(), x.grad, linear.weight.grad, linear.bias.grad])
+    for eager, other in zip(*results, strict=True):
+        assert float((eager.double() - other.double()).norm()) <= 2.0**-8 * float(eager.double().norm())
