@@ -134,10 +134,9 @@ class _Tiles(NamedTuple):
 def _tiles(x: Tensor, granularity: Granularity, both: bool) -> _Tiles:
     rows, columns = granularity.block(x.shape)
     turned = x.stride(0) == 1 and x.stride(1) != 1
-    long = _LONGEST if rows == 1 and not turned and not both else _WIDEST
-    SR, all_rows = _part(rows, x.shape[0], _WIDEST)
-    SC, all_columns = _part(columns, x.shape[1], long)
     square = turned or both  # equally good along both axes
+    SR, all_rows = _part(rows, x.shape[0], _WIDEST)
+    SC, all_columns = _part(columns, x.shape[1], _WIDEST if square else max(_WIDEST, _LONGEST // SR))
     BN = max(SC, min(_power(x.shape[1]), 64 if square else 128))
     BM = max(SR, min(_power(x.shape[0]), 64 if square else max(1, 8192 // BN)))
     return _Tiles(BM, BN, SR, SC, (rows, columns), all_rows and all_columns)

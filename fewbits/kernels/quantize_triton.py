@@ -164,13 +164,19 @@ def _stochastic(significand, shift, draws):
 @jit
 def _random_bits(key, index):
     """`random_bits` of numerics/random.py: uint32 of a 64-bit key and 64-bit indices."""
-    low = (key & 0xFFFFFFFF).to(tl.uint32)
-    high = ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    high = high ^ _scramble(low, 0, 0x9E3779B9)
-    low = low ^ _scramble(high, 0, 0x3C6EF372)
-    high = high ^ _scramble(low, 0, 0xDAA66D2B)
+    low = key & 0xFFFFFFFF  # the halves that `spread_key` makes of a key, in 64 bits like there
+    high = (key >> 32) & 0xFFFFFFFF
+    high = high ^ _middle(low ^ 0x9E3779B9)
+    low = low ^ _middle(high ^ 0x3C6EF372)
+    high = high ^ _middle(low ^ 0xDAA66D2B)
     first = (index & 0xFFFFFFFF).to(tl.uint32)
-    return _scramble(first, low, high + (index >> 32).to(tl.uint32) * 0x9E3779B9)
+    return _scramble(first, low.to(tl.uint32), high.to(tl.uint32) + (index >> 32).to(tl.uint32) * 0x9E3779B9)
+
+
+@jit
+def _middle(half):
+    half = ((half * 0x7FEB352D) >> 16) & 0xFFFFFFFF
+    return ((half * 0x31848BAB) >> 16) & 0xFFFFFFFF
 
 
 @jit
