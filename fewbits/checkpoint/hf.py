@@ -8,15 +8,16 @@
 | anything else                                     | our own names, model_type "fewbits" |
 
 Tensors are renamed, split, joined and transposed, never rounded. GPT-2 without biases is stored with biases of zero.
-Quantized, the GPT-2 shape is stored as GPTBigCodeForCausalLM without multi-query attention: the same network on
-nn.Linear, which compressed-tensors reads; GPT-2's own class is on Conv1D, which it does not read.
+Quantized, the GPT-2 shape is stored as OPTForCausalLM: the same network on nn.Linear, which compressed-tensors reads;
+GPT-2's own class is built on Conv1D, which it does not read. (OPT has no setting for the epsilon of its norms: a model
+with another than 1e-5 keeps our own names.)
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,23 +26,15 @@ from torch import Tensor
 
 from fewbits.checkpoint.load import check_shapes, load_checkpoint
 from fewbits.checkpoint.manifest import MANIFEST, step_of
-from fewbits.checkpoint.names import GPT2, rules
+from fewbits.checkpoint.names import rules
 from fewbits.checkpoint.quantized import SUFFIXES, quantization_config, read_layer, read_scheme, store_layer
-from fewbits.checkpoint.schema import check_version
+from fewbits.checkpoint.shapes import describe, kind_of, read_config
 from fewbits.data.tokenizer import Tokenizer
 from fewbits.errors import FewbitsError
 from fewbits.formats import Format
 from fewbits.nn.packed import Scheme, make_packed
 from fewbits.nn.transformer import ModelConfig, Transformer
 
-MODEL_VERSION = "fewbits.model/1"
-_CLASSES = {
-    "gpt2": "GPT2LMHeadModel",
-    "llama": "LlamaForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gpt_bigcode": "GPTBigCodeForCausalLM",
-}
-_GELU = ("gelu_new", "gelu_pytorch_tanh")  # both are the tanh approximation
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # constants that old folders store
 
 
@@ -52,9 +45,7 @@ def to_hf(
 
     scheme: of a quantized model, whose tensors hold `NAME.codes` and `NAME.scale` in place of some `NAME.weight`.
     The configuration has no token ids: whoever knows the tokenizer adds `eos_token_id`."""
-    kind = _kind(config)
-    if kind == "gpt2" and scheme is not None:
-        kind = "gpt_bigcode"
+    kind = kind_of(config, scheme is not None)
     found: dict[str, Tensor] = {}
     ignored: list[str] = []
     for rule in rules(config, kind, tensors):
@@ -73,7 +64,7 @@ def to_hf(
         found.update(zip(rule.theirs, rule.split(tensor), strict=True))
         if tensor.ndim == 2 and base not in ("embed", "positions"):
             ignored += [name.removesuffix(".weight") for name in rule.theirs]
-    config_json = _config_json(config, kind)
+    config_json = describe(config, kind)
     if scheme is not None:
         config_json["quantization_config"] = quantization_config(scheme, [*ignored, *(["lm_head"] * config.tied)])
     return config_json, found
@@ -83,7 +74,7 @@ def from_hf(config_json: Mapping[str, Any], hf_tensors: Mapping[str, Tensor]) ->
     """The inverse of `to_hf`, exact for what it wrote; also for folders that transformers wrote.
 
     Errors: FewbitsError for a model that this version does not build, and for missing or unexpected tensors."""
-    kind, config = _read_config(config_json)
+    kind, config = read_config(config_json)
     scheme = stored_scheme(config_json)
     if kind == "fewbits" and scheme is None:
         return config, dict(hf_tensors)
@@ -201,163 +192,9 @@ def _our_names(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name.replace(".weight_packed", ".weight") for name in names]
 
 
-def _kind(config: ModelConfig) -> str:
-    """The model_type under which a shape is stored."""
-    plain = config.kv_heads == config.n_head and not config.qk_norm
-    shape = (config.norm, config.activation, config.positions)
-    if shape == ("layernorm", "gelu", "learned") and plain:
-        return "gpt2"
-    if shape == ("rmsnorm", "swiglu", "rope"):
-        if not config.qk_norm:
-            return "llama"
-        if not config.bias:
-            return "qwen3"
-    return "fewbits"
-
-
-def _config_json(config: ModelConfig, kind: str) -> dict[str, Any]:
-    ours = {"fewbits": {"schema": MODEL_VERSION, "model": asdict(config)}}
-    if kind == "fewbits":
-        return {"model_type": kind, **ours}
-    head = {"architectures": [_CLASSES[kind]], "model_type": kind, "bos_token_id": None, "eos_token_id": None}
-    return head | _shape_json(config, kind) | ours
-
-
-def _shape_json(config: ModelConfig, kind: str) -> dict[str, Any]:
-    """What config.json says of the shape, in the words of transformers."""
-    if kind in GPT2:
-        return {
-            **({"multi_query": False} if kind == "gpt_bigcode" else {}),
-            "vocab_size": config.vocab_size,
-            "n_positions": config.context,
-            "n_embd": config.n_embd,
-            "n_layer": config.n_layer,
-            "n_head": config.n_head,
-            "n_inner": config.ff,
-            "activation_function": "gelu_new" if kind == "gpt2" else "gelu_pytorch_tanh",
-            "layer_norm_epsilon": config.norm_eps,
-            "resid_pdrop": config.dropout,
-            "embd_pdrop": config.dropout,
-            "attn_pdrop": config.dropout,
-            "tie_word_embeddings": config.tied,
-        }
-    shape: dict[str, Any] = {
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.context,
-        "hidden_size": config.n_embd,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.ff,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "attention_dropout": config.dropout,
-        "attention_bias": config.bias,
-        "tie_word_embeddings": config.tied,
-        "rope_theta": config.rope_theta,  # read by transformers 4; version 5 reads rope_parameters
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-    }
-    if kind == "llama":
-        shape["mlp_bias"] = config.bias
-    return shape
-
-
-def _read_config(config_json: Mapping[str, Any]) -> tuple[str, ModelConfig]:
-    """model_type and shape. The part under "fewbits" holds as long as the rest of the file agrees with it."""
-    kind = config_json.get("model_type")
-    if kind not in (*_CLASSES, "fewbits"):
-        raise FewbitsError(f"A model of type {kind!r} cannot be opened. Types that can: {', '.join(_CLASSES)}.")
-    try:
-        derived = None if kind == "fewbits" else _derive(config_json, kind)
-    except (TypeError, AttributeError) as error:
-        raise FewbitsError(f"config.json of type {kind!r} does not describe a model ({error}).") from None
-    ours = config_json.get("fewbits")
-    if isinstance(ours, Mapping) and isinstance(ours.get("model"), Mapping):
-        check_version(ours.get("schema"), MODEL_VERSION, "config.json")
-        config = ModelConfig.from_json(ours["model"]).check()
-        shape = {} if kind == "fewbits" else _shape_json(config, kind)
-        shape.pop("rope_theta", None)  # transformers 5 drops it when it saves; rope_parameters says the same
-        if all(config_json.get(key) == value for key, value in shape.items()):
-            return kind, config
-    if derived is None:
-        raise FewbitsError("config.json is of type 'fewbits' but does not say which model it is. Restore the file.")
-    return kind, derived
-
-
-def _derive(config_json: Mapping[str, Any], kind: str) -> ModelConfig:
-    if kind == "gpt_bigcode":
-        _refuse(config_json, "multi_query", True, (False,))
-    return (_from_gpt2(config_json) if kind in GPT2 else _from_llama(config_json, kind)).check()
-
-
-def _from_gpt2(json: Mapping[str, Any]) -> ModelConfig:
-    """A shape from transformers' configuration; what the file leaves out has the default of GPT2Config."""
-    _refuse(json, "activation_function", "gelu_new", _GELU)
-    _refuse(json, "scale_attn_weights", True, (True,))
-    _refuse(json, "scale_attn_by_inverse_layer_idx", False, (False,))
-    _refuse(json, "add_cross_attention", False, (False,))
-    return ModelConfig(
-        vocab_size=json.get("vocab_size", 50257),
-        context=json.get("n_positions", 1024),
-        n_layer=json.get("n_layer", 12),
-        n_head=json.get("n_head", 12),
-        n_embd=json.get("n_embd", 768),
-        n_ff=json.get("n_inner") or 0,
-        tied=json.get("tie_word_embeddings", True),
-        dropout=json.get("resid_pdrop", 0.1),
-        norm_eps=json.get("layer_norm_epsilon", 1e-5),
-    )
-
-
-def _from_llama(json: Mapping[str, Any], kind: str) -> ModelConfig:
-    """The same for LlamaConfig and Qwen3Config."""
-    bias = json.get("attention_bias", False)
-    rope = json.get("rope_parameters") or json.get("rope_scaling") or {}
-    _refuse(json, "hidden_act", "silu", ("silu",))
-    _refuse(rope, "rope_type", rope.get("type", "default"), ("default",))  # "type": before transformers 4.43
-    if kind == "qwen3":
-        _refuse(json, "use_sliding_window", False, (False,))
-        _refuse(json, "attention_bias", False, (False,))
-    else:
-        _refuse(json, "mlp_bias", False, (bias,))
-    heads, width = json.get("num_attention_heads", 32), json.get("hidden_size", 4096)
-    if json.get("head_dim", 128 if kind == "qwen3" else None) is not None:
-        _refuse(json, "head_dim", 128, (width // heads,))
-    kv_heads = json.get("num_key_value_heads", 32 if kind == "qwen3" else None) or heads
-    return ModelConfig(
-        vocab_size=json.get("vocab_size", 32000 if kind == "llama" else 151936),
-        context=json.get("max_position_embeddings", 2048 if kind == "llama" else 32768),
-        n_layer=json.get("num_hidden_layers", 32),
-        n_head=heads,
-        n_kv_head=0 if kv_heads == heads else kv_heads,
-        n_embd=width,
-        n_ff=json.get("intermediate_size", 11008 if kind == "llama" else 22016),
-        norm="rmsnorm",
-        activation="swiglu",
-        positions="rope",
-        bias=bias,
-        tied=json.get("tie_word_embeddings", False),
-        qk_norm=kind == "qwen3",
-        dropout=json.get("attention_dropout", 0.0),
-        rope_theta=float(rope.get("rope_theta", json.get("rope_theta", 10000.0))),
-        norm_eps=json.get("rms_norm_eps", 1e-6),
-    )
-
-
-def _refuse(json: Mapping[str, Any], key: str, default: object, fits: tuple[object, ...]) -> None:
-    """Errors: FewbitsError when a setting asks for arithmetic that our block does not do."""
-    value = json.get(key, default)
-    if value not in fits:
-        raise FewbitsError(
-            f"config.json asks for {key}={value!r}, which fewbits does not build; it builds {key}="
-            f"{' or '.join(repr(fit) for fit in fits)}."
-        )
-
-
 def _full_name(kind: str, name: str) -> str:
     """GPT-2's own folder leaves out the prefix."""
-    bare = kind in GPT2 and not name.startswith(("transformer.", "lm_head."))
+    bare = kind == "gpt2" and not name.startswith(("transformer.", "lm_head."))
     return f"transformer.{name}" if bare else name
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewbits.nn.transformer import ModelConfig
 
-GPT2 = ("gpt2", "gpt_bigcode")  # the two classes of transformers for the shape of GPT-2
+OPT_OFFSET = 2  # rows that OPT keeps in front of its positions, and that no token reads
 
 
 class Rule(NamedTuple):
@@ -22,28 +22,21 @@ class Rule(NamedTuple):
     """GPT-2's Conv1D keeps its weight as [in, out]."""
     rows: tuple[int, ...] = ()
     """How many rows of ours go to each of theirs, when there are several."""
-    heads: int = 0
-    """GPTBigCode keeps query, key and value of one head together: this many heads; 0 for a tensor of another kind."""
+    before: int = 0
+    """How many rows of zeros theirs has in front."""
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Ours as theirs. Rows move whole, so codes and scales can be split as well as weights."""
-        if self.heads:
-            tensor = _swap(tensor, 3, self.heads)
+        if self.before:
+            tensor = torch.cat((tensor.new_zeros(self.before, *tensor.shape[1:]), tensor))
         parts = torch.split(tensor, list(self.rows)) if self.rows else (tensor,)
         return tuple(part.t() if self.transposed else part for part in parts)
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """Theirs as ours."""
         whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if self.heads:
-            whole = _swap(whole, self.heads, 3)
+        whole = whole[self.before :].clone() if self.before else whole
         return whole.t().contiguous() if self.transposed else whole
-
-
-def _swap(tensor: Tensor, outer: int, inner: int) -> Tensor:
-    """Rows numbered (outer, inner, rest) renumbered (inner, outer, rest)."""
-    rest = tensor.shape[1:]
-    return tensor.reshape(outer, inner, -1, *rest).transpose(0, 1).reshape(-1, *rest)
 
 
 def rules(config: ModelConfig, kind: str, own: Iterable[str]) -> Iterator[Rule]:
@@ -51,28 +44,49 @@ def rules(config: ModelConfig, kind: str, own: Iterable[str]) -> Iterator[Rule]:
     if kind == "fewbits":
         bases = (name.replace(".codes", ".weight") for name in own if not name.endswith(".scale"))
         return (Rule(name, (name,)) for name in bases)
-    return _gpt2_rules(config, kind) if kind in GPT2 else _llama_rules(config)
+    return {"gpt2": _gpt2_rules, "opt": _opt_rules}.get(kind, _llama_rules)(config)
 
 
-def _gpt2_rules(config: ModelConfig, kind: str) -> Iterator[Rule]:
-    conv = kind == "gpt2"
+def _gpt2_rules(config: ModelConfig) -> Iterator[Rule]:
     yield Rule("embed.weight", ("transformer.wte.weight",))
     yield Rule("positions.weight", ("transformer.wpe.weight",))
     parts = {
         "norm1": ("ln_1", False),
-        "attention.qkv": ("attn.c_attn", conv),
-        "attention.output": ("attn.c_proj", conv),
+        "attention.qkv": ("attn.c_attn", True),
+        "attention.output": ("attn.c_proj", True),
         "norm2": ("ln_2", False),
-        "mlp.up": ("mlp.c_fc", conv),
-        "mlp.down": ("mlp.c_proj", conv),
+        "mlp.up": ("mlp.c_fc", True),
+        "mlp.down": ("mlp.c_proj", True),
     }
     for i in range(config.n_layer):
-        for ours, (theirs, transposed) in parts.items():
-            name, heads = f"transformer.h.{i}.{theirs}", config.n_head if ours == "attention.qkv" and not conv else 0
-            yield Rule(f"blocks.{i}.{ours}.weight", (f"{name}.weight",), transposed, heads=heads)
-            yield Rule(f"blocks.{i}.{ours}.bias", (f"{name}.bias",), heads=heads)
+        for ours, (theirs, matrix) in parts.items():
+            yield Rule(f"blocks.{i}.{ours}.weight", (f"transformer.h.{i}.{theirs}.weight",), transposed=matrix)
+            yield Rule(f"blocks.{i}.{ours}.bias", (f"transformer.h.{i}.{theirs}.bias",))
     yield Rule("norm.weight", ("transformer.ln_f.weight",))
     yield Rule("norm.bias", ("transformer.ln_f.bias",))
+    if not config.tied:
+        yield Rule("head.weight", ("lm_head.weight",))
+
+
+def _opt_rules(config: ModelConfig) -> Iterator[Rule]:
+    decoder, rows = "model.decoder", (config.n_embd,) * 3
+    yield Rule("embed.weight", (f"{decoder}.embed_tokens.weight",))
+    yield Rule("positions.weight", (f"{decoder}.embed_positions.weight",), before=OPT_OFFSET)
+    parts = {
+        "norm1": ("self_attn_layer_norm",),
+        "attention.qkv": tuple(f"self_attn.{part}_proj" for part in "qkv"),
+        "attention.output": ("self_attn.out_proj",),
+        "norm2": ("final_layer_norm",),
+        "mlp.up": ("fc1",),
+        "mlp.down": ("fc2",),
+    }
+    for i in range(config.n_layer):
+        for ours, theirs in parts.items():
+            for kind in ("weight", "bias"):
+                names = tuple(f"{decoder}.layers.{i}.{name}.{kind}" for name in theirs)
+                yield Rule(f"blocks.{i}.{ours}.{kind}", names, rows=rows if len(names) > 1 else ())
+    for kind in ("weight", "bias"):
+        yield Rule(f"norm.{kind}", (f"{decoder}.final_layer_norm.{kind}",))
     if not config.tied:
         yield Rule("head.weight", ("lm_head.weight",))
 

@@ -24,7 +24,6 @@ from fewbits.formats import Format
 from fewbits.nn.packed import Scheme
 from fewbits.numerics.affine import packed_width
 
-REPORT = "quantize.json"  # what a folder that `fewbits quantize` wrote holds beside the model
 METHOD, OWN = "compressed-tensors", "fewbits"
 _SIGNS = {4: 0x88, 8: 0x80}  # flips the sign bit of every code in a byte
 _WORD = 4  # bytes of an int32

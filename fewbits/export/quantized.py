@@ -71,11 +71,11 @@ def quantize_model(
 def refuse_not_finite(model: nn.Module) -> None:
     """Raises FewbitsError naming the first tensor of the model that holds a NaN or an infinity, and where."""
     for name, parameter in model.named_parameters():
-        wrong = ~torch.isfinite(parameter)
+        wrong = ~torch.isfinite(parameter.detach())
         if bool(wrong.any()):
             place = [int(i) for i in wrong.nonzero()[0]]
             raise FewbitsError(
-                f"'{name}' holds {float(parameter[tuple(place)])} at {place} ({int(wrong.sum())} in all), so it has no "
+                f"'{name}' holds {float(parameter.detach()[tuple(place)])} at {place} ({int(wrong.sum())} in all), so it has no "
                 "scale. Quantize a sound checkpoint."
             )
 

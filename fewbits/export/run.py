@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewbits.checkpoint.hf import Stored, build_model, read_stored, stored_scheme, to_hf
 from fewbits.checkpoint.manifest import MODEL
-from fewbits.checkpoint.quantized import REPORT, quantization_config
+from fewbits.checkpoint.quantized import quantization_config
 from fewbits.checkpoint.save import check_new, save_model
 from fewbits.checkpoint.schema import dump_json
 from fewbits.checkpoint.tensors import tensor_pieces
@@ -34,7 +34,7 @@ from fewbits.train.config import DataConfig
 from fewbits.train.evaluate import run_config
 from fewbits.train.execution import choose_device
 from fewbits.train.record import environment
-from fewbits.train.rundir import run_of
+from fewbits.train.rundir import SMALL, run_of
 
 SCHEMA = "fewbits.quantize/1"
 CALIBRATION_BATCHES, BATCH = 16, 8  # 128 sequences, as Frantar et al. 2023 take them
@@ -59,7 +59,7 @@ class Small:
         """Writes the checkpoint, all of it or nothing, with quantize.json and the page; returns `out`."""
         files: dict[str, str | bytes] = {
             "config.json": json.dumps(self.config_json, indent=1),
-            REPORT: dump_json(self.document),
+            SMALL: dump_json(self.document),
             **_tokenizer_files(self.source.folder),
         }
         if page is not None:

@@ -89,14 +89,15 @@ class PackedLinear(nn.Module):
         return linear(x, self.weight, self.bias)
 
     def _multiply_integers(self, x: Tensor) -> Tensor:
-        """x rounded to int8 a token (scale: largest |x| / 127), products and sums in integers where that pays.
+        """x rounded to int8 with one scale a token, products and sums in integers where that pays.
 
-        Elsewhere the same integers are multiplied in the dtype of the scale: equal up to the rounding of the sums.
-        A token that is not finite gives NaN, because its scale is."""
+        The scale is the largest |x| / 127.5, as compressed-tensors takes it, so that its answers are ours. Elsewhere the
+        same integers are multiplied in the dtype of the scale: equal up to the rounding of the sums. A token that is not
+        finite gives NaN, because its scale is not."""
         x_NK = x.reshape(-1, x.shape[-1]).float()
         largest_N1 = x_NK.abs().amax(-1, keepdim=True) if x_NK.numel() else x_NK.new_zeros(x_NK.shape[0], 1)
-        scale_N1 = torch.where(largest_N1 == 0, 1.0, largest_N1 / 127.0)
-        integers_NK = (x_NK / scale_N1).nan_to_num(nan=0.0).round().to(torch.int8)
+        scale_N1 = torch.where(largest_N1 == 0, 1.0, largest_N1 / 127.5)
+        integers_NK = (x_NK / scale_N1).nan_to_num(nan=0.0).round().clamp(-128, 127).to(torch.int8)
         weight_OK = self.codes.view(torch.int8)
         dtype = self.scale.dtype
         if int8_execution(x.device, dtype).value == "integers":

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.checkpoint.manifest import STATE
-from fewbits.checkpoint.quantized import REPORT
 from fewbits.checkpoint.schema import load_json
 from fewbits.data.batches import eval_batches
 from fewbits.data.corpus import open_corpus
@@ -28,7 +27,7 @@ from fewbits.numerics.loss import IGNORE
 from fewbits.precision.switches import torch_switches
 from fewbits.train.config import Config, DataConfig
 from fewbits.train.opened import open_model, running_precision
-from fewbits.train.rundir import run_of
+from fewbits.train.rundir import SMALL, run_of
 
 
 @contextmanager
@@ -130,7 +129,7 @@ def run_config(path: Path) -> Config | None:
     """The config of the run that `path` (a run, its checkpoints folder or a checkpoint) belongs to, or None.
 
     What `fewbits quantize` wrote stands alone, and carries the config of its run in its state."""
-    if (path / REPORT).is_file() and (path / STATE).is_file():
+    if (path / SMALL).is_file() and (path / STATE).is_file():
         text = load_json((path / STATE).read_bytes())["state"].get("config")
         return None if text is None else Config.from_toml(text, source=str(path / STATE))
     if (folder := run_of(path)) is None:
