@@ -75,8 +75,8 @@ def refuse_not_finite(model: nn.Module) -> None:
         if bool(wrong.any()):
             place = [int(i) for i in wrong.nonzero()[0]]
             raise FewbitsError(
-                f"'{name}' holds {float(parameter.detach()[tuple(place)])} at {place} ({int(wrong.sum())} in all), so it has no "
-                "scale. Quantize a sound checkpoint."
+                f"'{name}' holds {float(parameter.detach()[tuple(place)])} at {place} ({int(wrong.sum())} in all), so it has "
+                "no scale. Quantize a sound checkpoint."
             )
 
 
