@@ -15,6 +15,7 @@ from fewbits.export.methods import CALIBRATED, METHODS
 from fewbits.formats import Format
 from fewbits.nn.packed import Activations, Scheme
 from fewbits.numerics.affine import group_width
+from fewbits.numerics.scaling import Granularity
 
 # what people type -> the format
 FORMATS = {
@@ -115,6 +116,8 @@ class QuantizeOptions:
         return self._scheme(f"group:{fitting[0]}"), Choice(f"group:{fitting[0]}", reason)
 
     def _scheme(self, granularity: str) -> Scheme:
+        shared = Granularity.parse(granularity)
+        granularity = f"group:{shared.columns}" if shared.columns else ROW
         activations: Activations = "int8" if self.activations == "int8" else "none"
         return Scheme(self.number_format, granularity, activations).check()
 

@@ -75,8 +75,8 @@ def prepare(model: nn.Module, precision: str | Precision, keep: Iterable[str] = 
             inputs and outputs are cast.
 
     Raises:
-        FewbitsError: the model is prepared or quantized already, a pattern matches nothing, a parameter cannot be rounded, or no layer
-            is left for the recipe. The model is then unchanged.
+        FewbitsError: the model is prepared or quantized already, a pattern matches nothing, a parameter cannot be
+            rounded, or no layer is left for the recipe. The model is then unchanged.
     """
     precision = Precision.parse(precision) if isinstance(precision, str) else precision
     if (before := getattr(model, "fewbits_precision", None)) is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fewbits.errors import FewbitsError, nearest
 from fewbits.formats import Format
+from fewbits.numerics.scaling import Granularity
 
 ZeroPoint = Literal["inside", "outside"]
 
@@ -101,18 +102,16 @@ def grouped(x: Tensor, granularity: str) -> Tensor:
 
 def group_width(granularity: str, columns: int, name: str = "the tensor") -> int:
     """How many neighbours in a row of so many columns share a scale. Raises FewbitsError, saying `name`, as `grouped`."""
-    if granularity == "row":
-        return columns
-    kind, _, number = granularity.partition(":")
-    if kind != "group" or not number.isdecimal() or int(number) < 1:
-        hint = nearest(granularity, ["row", "group:128", "tensor"])
-        raise FewbitsError(f"There is no granularity {granularity!r}.{hint} Use row, or group:N such as group:128.")
-    if columns % int(number):
-        fitting = max((n for n in range(1, int(number)) if columns % n == 0), default=1)
+    shared = Granularity.parse(granularity)
+    if shared.rows != 1:
+        raise FewbitsError(f"Granularity {shared} shares a scale between rows. Use row, or group:N such as group:128.")
+    width = shared.columns or columns
+    if width and columns % width:
+        fitting = max((n for n in range(1, width) if columns % n == 0), default=1)
         raise FewbitsError(
             f"{granularity} does not divide the width {columns} of {name}. Use group:{fitting}, or row for one scale a row."
         )
-    return int(number)
+    return width
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
