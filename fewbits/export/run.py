@@ -93,7 +93,7 @@ def quantize_run(
     corpus to measure on; None takes the held-out part of the run's own. out: checked, not written.
 
     Raises FewbitsError, before any work, for options that do not fit, a source that is quantized already or holds weights
-    that are not finite, an empty calibration corpus, or an `out` that is there.
+    that are not finite, a corpus that is empty or too short, or an `out` that is there.
     """
     source, options = Path(source), options.check()
     if out is not None:
@@ -109,16 +109,17 @@ def quantize_run(
     named = (stored.folder / "tokenizer.json").is_file()
     tokenizer = Tokenizer.load(stored.folder) if named else None
     texts = _Texts(source, before, tokenizer, calibrate, data, options)
+    held_out = texts.held_out(eval_batches)
     before.to(place)
     with torch_switches(Precision.parse("fp32"), place):
         after = copy.deepcopy(before)
         say("quantizing")
         done = _make_small(after, options, texts)
-        held_out = texts.held_out(eval_batches)
         say(f"measuring on {len(held_out)} batches of {texts.measured_on}")
         document = _document(source, stored, options, done, texts, place)
         document |= _measured(before, after, held_out, tokenizer, options)
     config_json, tensors = to_hf(after.config, after.state_dict(), None if done is None else done.scheme)
+    config_json["torch_dtype"] = str(next(after.parameters()).dtype).removeprefix("torch.")  # what readers compute in
     config_json |= {key: stored.config_json.get(key) for key in ("bos_token_id", "eos_token_id")}
     document["bytes_before"] = sum(file.stat().st_size for file in _weight_files(stored.folder))
     document["bytes_after"] = _file_bytes(tensors)

@@ -130,5 +130,5 @@ def quantized_tables(document: Mapping[str, Any]) -> list[Table | Text]:
     for cells in result_rows(document):
         whole.add_row(*map(Text, cells))
     notes = [Text(note, style="yellow") for note in document["notes"]]
-    choices = [Text(f"{c['what']:<12}{c['value']} ({c['reason']})") for c in document["choices"]]
+    choices = [Text(f"{c['what']:<14}{c['value']} ({c['reason']})") for c in document["choices"]]
     return [*parts, Text(""), whole, *notes, *choices]
