@@ -14,10 +14,11 @@ from torch import Tensor
 
 from fewbits.export.classification import count_answers, counts_report
 from fewbits.lab.verdict import half_width
+from fewbits.nn.head import loss_sum
 from fewbits.nn.linear import linear
 from fewbits.nn.transformer import Transformer
 from fewbits.numerics.loss import IGNORE
-from fewbits.train.evaluate import evaluate, evaluating
+from fewbits.train.evaluate import evaluating
 
 ROUNDS, TOKENS = 3, 8  # generation is timed in turns, so that a busy neighbour hurts all alike
 
@@ -29,37 +30,45 @@ def measure(
     accuracy, precision, recall and f1 (means over tokens, weighted by how often each occurs); batch_losses, one a batch.
 
     batches: as `fewbits.train.evaluate.evaluate`."""
-    found, counts = [], torch.zeros(3, model.config.vocab_size, dtype=torch.int64)
+    lengths = None if token_bytes is None else torch.as_tensor(token_bytes).to(torch.int64)
+    losses, tokens, counts = [], [], torch.zeros(3, model.config.vocab_size, dtype=torch.int64)
+    size = 0
     for batch in batches:
-        found.append(evaluate(model, [batch], token_bytes))
-        counts += _next_tokens(model, batch)
-    found = [one for one in found if one["tokens"]]
-    tokens, size = sum(one["tokens"] for one in found), sum(one["bytes"] for one in found)
-    total = math.fsum(one["loss"] * one["tokens"] for one in found)
-    loss, report = (total / tokens if tokens else math.nan), counts_report(*counts)
+        real = batch["labels"][batch["labels"] != IGNORE].cpu()
+        if not real.numel():
+            continue
+        loss, answers = _one_pass(model, batch)
+        losses.append(loss / real.numel())
+        tokens.append(real.numel())
+        counts += answers
+        size += 0 if lengths is None else int(lengths[real].sum())
+    total = math.fsum(loss * count for loss, count in zip(losses, tokens, strict=True))
+    mean, report = (total / sum(tokens) if tokens else math.nan), counts_report(*counts)
     return {
-        "loss": loss,
-        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "loss": mean,
+        "perplexity": math.exp(mean) if mean < 700 else math.inf,
         "bits_per_byte": total / math.log(2) / size if size else None,
-        "tokens": tokens,
+        "tokens": sum(tokens),
         "accuracy": report["accuracy"],
         **report["weighted"],
-        "batch_losses": [one["loss"] for one in found],
+        "batch_losses": losses,
     }
 
 
-def _next_tokens(model: Transformer, batch: Mapping[str, Tensor]) -> Tensor:
-    """Right, answered and support of every token [3, V] over the real targets of a batch; one row's logits at a time."""
+def _one_pass(model: Transformer, batch: Mapping[str, Tensor]) -> tuple[float, Tensor]:
+    """The sum of the losses over the real targets of a batch, as `Transformer.loss_sum` gives it, and right, answered and
+    support of every token [3, V]; for those the logits of one row at a time are held."""
     place = next(model.parameters()).device
     moved = {key: value.to(place) for key, value in batch.items()}
     counts = torch.zeros(3, model.config.vocab_size, dtype=torch.int64)
     with evaluating(model):
         hidden = model.hidden(moved["input_ids"], moved.get("documents"), moved.get("positions"))
+        total = loss_sum(hidden, model.head_weight, moved["labels"], model.tf32, None)
         for row, labels in zip(hidden, moved["labels"], strict=True):
             real = labels != IGNORE
             answers = linear(row[real], model.head_weight, None, model.tf32).argmax(-1)
             counts += torch.stack(count_answers(answers, labels[real], model.config.vocab_size)).cpu()
-    return counts
+    return float(total), counts
 
 
 def paired_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:

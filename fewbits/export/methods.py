@@ -94,14 +94,14 @@ def gptq(
     inverse_KK, order = _inverse_factor(hessian_KK, act_order, damping)
     width = group_width(granularity, K)
     scale_OG = scales(weight_OK, format, granularity, dtype, search=True)
-    left = weight_OK.float()[:, order].clone()
+    left, columns = weight_OK.float()[:, order].clone(), order.tolist()
     values = torch.empty_like(left)
     at_once = width if COLUMNS_AT_ONCE < width < K else COLUMNS_AT_ONCE - COLUMNS_AT_ONCE % min(width, COLUMNS_AT_ONCE)
     for start in range(0, K, at_once):
         stop = min(start + at_once, K)
         errors = torch.empty_like(left[:, start:stop])
         for j in range(start, stop):
-            group = int(order[j]) // width
+            group = columns[j] // width
             if not act_order and j % width == 0 and width < K:
                 scale_OG[:, group] = scales(left[:, j : j + width], format, "row", dtype, search=True)[:, 0]
             scale = scale_OG[:, group].float()

@@ -59,17 +59,36 @@ def textbook(weight: Tensor, hessian: Tensor, scale: Tensor, order: list[int], w
     return values.float()
 
 
-@pytest.mark.parametrize(
-    ("granularity", "width", "act_order"), [("row", 64, True), ("row", 64, False), ("group:16", 16, True)]
-)
-def test_gptq_is_the_optimal_update_column_by_column(granularity, width, act_order):
-    x, weight = inputs(), torch.randn(24, 64)
+@pytest.mark.parametrize("columns", [64, 144])  # one block of columns that are rounded together, and more
+@pytest.mark.parametrize(("granularity", "act_order"), [("row", True), ("row", False), ("group:16", True)])
+def test_gptq_is_the_optimal_update_column_by_column(granularity, act_order, columns):
+    x, weight = inputs(columns), torch.randn(24, columns)
     hessian = x.t() @ x / len(x)
     found = gptq(weight, hessian, INT4, granularity, torch.float32, act_order)
-    order = hessian.diagonal().argsort(descending=True).tolist() if act_order else list(range(64))
-    expected = textbook(weight, hessian, found.scale, order, width)
+    order = hessian.diagonal().argsort(descending=True).tolist() if act_order else list(range(columns))
+    expected = textbook(weight, hessian, found.scale, order, 16 if granularity == "group:16" else columns)
     # fp32 against fp64: a value near a tie may fall the other way, and what follows then answers to that
     assert (found.values != expected).float().mean() < 0.01
+
+
+def test_from_left_to_right_the_scales_of_a_group_are_those_of_what_is_left_of_it():
+    x, weight = inputs(), torch.randn(24, 64)
+    hessian = x.t() @ x / len(x)
+    found = gptq(weight, hessian, INT4, "group:16", torch.float32, act_order=False)
+    before = scales(weight, INT4, "group:16", torch.float32, search=True)
+    assert torch.equal(found.scale[:, 0], before[:, 0]) and not torch.equal(found.scale[:, 1], before[:, 1])
+    largest = found.values.abs().reshape(24, 4, 16).amax(-1)
+    assert (largest >= 5).all()  # the last groups have taken in the errors of the first, and still use their range
+
+
+def test_importance_weighs_the_errors_of_the_inputs():
+    weight, importance = torch.randn(24, 64), torch.logspace(0, 4, 64)
+
+    def weighed(scale: Tensor) -> Tensor:
+        return ((round_weight(weight, scale, INT4).dequantize() - weight).square() * importance).sum()
+
+    plain = scales(weight, INT4, "row", torch.float32, search=True)
+    assert weighed(scales(weight, INT4, "row", torch.float32, True, importance)) < 0.97 * weighed(plain)
 
 
 @pytest.mark.parametrize("act_order", [True, False])
@@ -207,8 +226,22 @@ def test_sqnr_and_cosine_are_those_of_the_stored_weight():
     assert str(done.scheme) == "int4 group:32" and done.granularity.value == "group:32"
 
 
-def test_calibration_that_is_not_finite_is_refused():
-    from fewbits.export.methods import _inverse_factor
+def test_a_model_that_is_not_finite_misses_its_text_or_is_quantized_already_is_not_touched():
+    made = model(CONFIG)
+    with pytest.raises(FewbitsError, match="Method gptq needs a text to calibrate on"):
+        quantize_model(made, QuantizeOptions(method="gptq"))
+    with pytest.raises(FewbitsError, match="bf16 needs no codes"):
+        quantize_model(made, QuantizeOptions(format="bf16"))
+    made.blocks[1].norm2.bias.data[3] = float("inf")
+    with pytest.raises(FewbitsError, match=r"'blocks.1.norm2.bias' holds inf at \[3\] \(1 in all\)"):
+        quantize_model(made, QuantizeOptions())
+    assert not packed_layers(made)
+    small = model(CONFIG)
+    quantize_model(small, QuantizeOptions())
+    with pytest.raises(FewbitsError, match="cannot be quantized again"):
+        quantize_model(small, QuantizeOptions())
 
+
+def test_calibration_that_is_not_finite_is_refused():
     with pytest.raises(FewbitsError, match="not finite on the calibration text"):
-        _inverse_factor(torch.full((4, 4), float("nan")), True, 0.01)
+        gptq(torch.ones(2, 4), torch.full((4, 4), float("nan")), INT4, "row", torch.float32)
