@@ -27,6 +27,7 @@ MADE_SHORT = {
     "train": [*TINY, "--tokenizer", "bytes"],
     "compare": [*TINY, "--tokenizer", "bytes", "--data", "my_texts", "--seeds", "1", "--rounds", "0"],
     "generate": ["--tokens", "4"],
+    "quantize": ["--eval_batches", "1", "--device", "cpu"],
 }
 
 

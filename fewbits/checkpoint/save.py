@@ -88,6 +88,47 @@ def save_checkpoint(
     return target
 
 
+def save_model(
+    folder: Path | str,
+    step: int,
+    model: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    files: Mapping[str, str | bytes],
+    save_dtype: str | None = None,
+) -> Path:
+    """Save a model that will not be trained on as one checkpoint of its own, `folder` itself; returns that path.
+
+    As `save_checkpoint`: all of it or nothing, hashed, no pickle; with no optimizer, no `latest` and no older ones.
+
+    Errors: FewbitsError when `folder` is there and not empty, the disk is full or cannot be written."""
+    folder = Path(folder)
+    check_new(folder)
+    contents = _contents(step, model, {}, state, files, save_dtype)
+    temporary = folder.absolute().parent / (SAVING + folder.name)
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            remove_folder(temporary)
+            _write_folder(temporary, contents, step, save_dtype)
+            if folder.exists():
+                folder.rmdir()
+            os.rename(temporary, folder)
+            sync_folder(temporary.parent)
+        except BaseException:  # an interrupt too: nothing half-written stays
+            with contextlib.suppress(OSError):
+                remove_folder(temporary)
+            raise
+    except OSError as error:
+        raise _failure(error, folder, step) from error
+    return folder
+
+
+def check_new(folder: Path) -> None:
+    """Errors: FewbitsError when something is in `folder` already."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise FewbitsError(f"{folder} is there already and will not be overwritten. Name a folder that is not there.")
+
+
 def _contents(
     step: int,
     model: Mapping[str, Tensor],

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewbits.errors import FewbitsError, nearest
-from fewbits.train.rundir import run_of
+from fewbits.train.rundir import refuse_small, run_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +27,7 @@ def find_run(text: str) -> Path:
     for start in (Path(text), Path("runs") / text):
         if start.exists() and (folder := run_of(start)) is not None:
             return folder
+    refuse_small(Path(text))
     known = [str(path.parent) for path in sorted(Path("runs").glob("*/config.toml"))]
     listed = f" There are {', '.join(known[-5:])}.{nearest(text, known)}" if known else ""
     if Path(text).exists():

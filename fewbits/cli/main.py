@@ -31,6 +31,9 @@ COMMANDS = {
         "eval": ("fewbits.cli.eval", "Measure a run's model on held-out or other text."),
         "generate": ("fewbits.cli.generate", "Continue a text with a run's model."),
     },
+    "Make it small": {
+        "quantize": ("fewbits.cli.quantize", "Quantize a trained model, and measure what it cost."),
+    },
     "Look at a format": {
         "precision": ("fewbits.cli.precision", "Print what a precision means on this machine."),
     },

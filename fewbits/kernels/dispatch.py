@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fewbits.choice import Choice
 from fewbits.formats import Format
 from fewbits.kernels import quantize as twin
+from fewbits.kernels.int8_matmul import int8_matmul
 from fewbits.numerics import quantize as definition
 from fewbits.numerics.quantize import Key, Quantized
 from fewbits.numerics.scaling import Granularity
@@ -81,6 +83,37 @@ def probed(name: str, device: torch.device, probe: Callable[[], str]) -> Choice:
             "emulated" if reason else "native", reason or f"{name} gave the right product when tried"
         )
     return _choices[key]
+
+
+def int8_execution(device: torch.device, dtype: torch.dtype) -> Choice:
+    """How int8 operands are multiplied: "integers" (int8 products, int32 sums) or "widened" (in `dtype`).
+
+    Whichever is faster in a matmul of 256 x 1,024 x 1,024 timed once, each several times in turn; at least 5 % must be
+    won by widening, because integers are exact.
+    """
+    key = (f"int8 against {Format.parse(dtype)}", device.type)
+    if key not in _choices:
+        a, b = (torch.ones(rows, 1024, dtype=torch.int8, device=device) for rows in (256, 1024))
+        times: dict[str, list[float]] = {"integers": [], "widened": []}
+        for _ in range(7):
+            times["integers"].append(_seconds(lambda: int8_matmul(a, b), device))
+            times["widened"].append(_seconds(lambda: a.to(dtype) @ b.to(dtype).t(), device))
+        integers, widened = (1e3 * sorted(found)[len(found) // 2] for found in times.values())
+        shown = (
+            f"256 x 1,024 x 1,024 takes {integers:.2f} ms in int8 and {widened:.2f} ms in {Format.parse(dtype)} here"
+        )
+        _choices[key] = Choice("widened" if widened < 0.95 * integers else "integers", shown)
+    return _choices[key]
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def recorded() -> dict[str, list[str]]:

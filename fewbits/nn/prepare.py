@@ -27,6 +27,7 @@ from fewbits.nn.emulate import emulation, needed
 from fewbits.nn.linear import Linear
 from fewbits.nn.lowbit import ScaleHistory, let_compilers_in
 from fewbits.nn.norm import LayerNorm, RMSNorm
+from fewbits.nn.packed import refuse_packed
 from fewbits.nn.transformer import Transformer
 from fewbits.numerics.random import mix_key
 from fewbits.numerics.update import join_master, round_away, split_master
@@ -74,12 +75,13 @@ def prepare(model: nn.Module, precision: str | Precision, keep: Iterable[str] = 
             inputs and outputs are cast.
 
     Raises:
-        FewbitsError: the model is prepared already, a pattern matches nothing, a parameter cannot be rounded, or no layer
-            is left for the recipe. The model is then unchanged.
+        FewbitsError: the model is prepared or quantized already, a pattern matches nothing, a parameter cannot be
+            rounded, or no layer is left for the recipe. The model is then unchanged.
     """
     precision = Precision.parse(precision) if isinstance(precision, str) else precision
     if (before := getattr(model, "fewbits_precision", None)) is not None:
         raise FewbitsError(f"the model is prepared as {before} already; prepare a fresh model as {precision}.")
+    refuse_packed(model, f"be prepared as {precision}")
     exceptions, kept_out = _exceptions(model, keep, precision)
     _refuse_not_finite(model)
     lowbit = eligible(model, precision.recipe, {*exceptions, *kept_out})

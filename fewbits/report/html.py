@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from fewbits import __version__
 from fewbits.errors import FewbitsError
 from fewbits.precision.precision import Precision
 from fewbits.report.compared import comparison_view, read_comparison
+from fewbits.report.quantized import quantized_view
 from fewbits.report.record import RunRecord, read_run
 from fewbits.report.runcharts import memory_chart, run_charts
 from fewbits.report.words import count, duration, flat, of_bytes, settings, value_text
@@ -44,7 +46,12 @@ def write_comparison(compare_json: Path) -> Path:
     return _write(path.parent / "report.html", "comparison.html", comparison_view(read_comparison(path), path.parent))
 
 
-def _write(target: Path, template: str, view: dict[str, Any]) -> Path:
+def quantized_page(document: Mapping[str, Any], out: Path) -> str:
+    """The page about a model that was made small, as text: it is written together with the checkpoint in `out`."""
+    return _render("quantized.html", quantized_view(document, out))
+
+
+def _render(template: str, view: dict[str, Any]) -> str:
     pages = Environment(
         loader=PackageLoader("fewbits.report", "templates"),
         autoescape=True,
@@ -53,7 +60,11 @@ def _write(target: Path, template: str, view: dict[str, Any]) -> Path:
         lstrip_blocks=True,
     )
     written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    page = pages.get_template(template).render(**view, version=__version__, written=written)
+    return pages.get_template(template).render(**view, version=__version__, written=written)
+
+
+def _write(target: Path, template: str, view: dict[str, Any]) -> Path:
+    page = _render(template, view)
     beside = target.with_name(f".{target.name}.tmp")
     try:
         beside.write_text(page, encoding="utf-8", errors="replace")

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fewbits.report.compared import LEGEND, table_row
+from fewbits.report.quantized import layer_rows, lead, result_rows
 from fewbits.report.words import count, duration, of_bytes, percent, value_text
 
 STYLE = {"good": "green", "bad": "red", "plain": ""}
@@ -102,3 +103,32 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     for name, value in rows:
         table.add_row(name, Text(value))
     return table
+
+
+def quantized_tables(document: Mapping[str, Any]) -> list[Table | Text]:
+    """A model that was made small: every layer, the whole model before and after, what was decided and why."""
+    parts: list[Table | Text] = []
+    if document["layers"]:
+        layers = Table(box=box.ASCII2, show_edge=False)
+        headings = {
+            "layer": "layer",
+            "shape": "shape",
+            "sqnr": "SQNR dB",
+            "cosine": "cosine",
+            "output": "outputs",
+            "after": "size",
+        }
+        for name, heading in headings.items():
+            layers.add_column(heading, justify="left" if name == "layer" else "right", no_wrap=True)
+        for row in layer_rows(document):
+            layers.add_row(*(Text(row[name]) for name in headings))
+        parts.append(layers)
+    whole = Table(box=box.ASCII2, show_edge=False, caption=lead(document), caption_justify="left")
+    whole.add_column("whole model", style="bold", overflow="fold")
+    for heading in ("before", "after", "change"):
+        whole.add_column(heading, justify="right")
+    for cells in result_rows(document):
+        whole.add_row(*map(Text, cells))
+    notes = [Text(note, style="yellow") for note in document["notes"]]
+    choices = [Text(f"{c['what']:<14}{c['value']} ({c['reason']})") for c in document["choices"]]
+    return [*parts, Text(""), whole, *notes, *choices]

@@ -16,6 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from fewbits.checkpoint.manifest import STATE
+from fewbits.checkpoint.schema import load_json
 from fewbits.data.batches import eval_batches
 from fewbits.data.corpus import open_corpus
 from fewbits.data.ratios import compression_baseline
@@ -24,8 +26,8 @@ from fewbits.errors import FewbitsError
 from fewbits.numerics.loss import IGNORE
 from fewbits.precision.switches import torch_switches
 from fewbits.train.config import Config, DataConfig
-from fewbits.train.opened import open_model
-from fewbits.train.rundir import run_of
+from fewbits.train.opened import open_model, running_precision
+from fewbits.train.rundir import SMALL, run_of
 
 
 @contextmanager
@@ -112,7 +114,7 @@ def evaluate_run(
     texts: Iterable[str] = corpus.documents("val")
     baseline = compression_baseline(texts if held_out else chain(texts, corpus.documents("train")))
     what = {"data": corpus.name, "part": "held out" if held_out else "all"}
-    how = {"precision": str(chosen), "device": str(place)}
+    how = {"precision": running_precision(model, chosen), "device": str(place)}
     return {**found, **what, **how, "gzip": baseline["gzip"], "xz": baseline["xz"]}
 
 
@@ -124,7 +126,12 @@ def _trained_on(data: DataConfig) -> str | None:
 
 
 def run_config(path: Path) -> Config | None:
-    """The config of the run that `path` (a run, its checkpoints folder or a checkpoint) belongs to, or None."""
+    """The config of the run that `path` (a run, its checkpoints folder or a checkpoint) belongs to, or None.
+
+    What `fewbits quantize` wrote stands alone, and carries the config of its run in its state."""
+    if (path / SMALL).is_file() and (path / STATE).is_file():
+        text = load_json((path / STATE).read_bytes())["state"].get("config")
+        return None if text is None else Config.from_toml(text, source=str(path / STATE))
     if (folder := run_of(path)) is None:
         return None
     file = folder / "config.toml"

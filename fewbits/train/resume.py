@@ -14,7 +14,7 @@ from fewbits.train.choices import Choices
 from fewbits.train.config import Config, options
 from fewbits.train.execution import choose_device, choose_execution, prepare_determinism
 from fewbits.train.record import read_lines
-from fewbits.train.rundir import run_of
+from fewbits.train.rundir import refuse_small, run_of
 
 # What moves no weight, or only says how far to go. Everything else stays what it was when the run began.
 FREE = {"out_dir", "max_steps", "stop_at", "log_every", "eval_every", "eval_batches", "sample_every", "sample_tokens"}
@@ -28,6 +28,7 @@ def run_folder(path: Path) -> Path:
         return folder
     if not path.exists():
         raise FewbitsError(f"{path} does not exist. Name a run directory that `fewbits train` made.")
+    refuse_small(path)
     found = sorted(entry.name for entry in path.iterdir())[:4] if path.is_dir() else []
     holds = f"it holds {', '.join(found)}" if found else "it is empty" if path.is_dir() else "it is a file"
     raise FewbitsError(f"{path} is not a run of fewbits: it has no config.toml ({holds}). Name a run directory.")

@@ -14,6 +14,7 @@ if sys.platform != "win32" or TYPE_CHECKING:
 else:
     fcntl = None
 
+SMALL = "quantize.json"  # what a folder that `fewbits quantize` wrote holds beside the model
 MARKS = ("config.toml", "metrics.jsonl", "summary.json", "checkpoints")
 
 
@@ -25,6 +26,15 @@ def is_run(folder: Path) -> bool:
 def run_of(path: Path) -> Path | None:
     """The run directory that `path` (itself, its checkpoints folder or one of its checkpoints) belongs to, or None."""
     return next((folder for folder in (path, *path.absolute().parents[:2]) if is_run(folder)), None)
+
+
+def refuse_small(path: Path) -> None:
+    """Raises FewbitsError when `path` is a model that was made small, where a run is needed."""
+    if (path / SMALL).is_file():
+        raise FewbitsError(
+            f"{path} was made by `fewbits quantize`: it is for use (eval, generate), and cannot be trained on; its page is "
+            "report.html in it. Name the run that it was made from."
+        )
 
 
 def check_writable(folder: Path) -> None:
