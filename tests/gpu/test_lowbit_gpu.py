@@ -57,6 +57,12 @@ def assert_same(ours: Quantized, theirs: Quantized) -> None:
         assert torch.equal(*(values.nan_to_num(nan=0.0).contiguous().view(torch.int32) for values in (mine, other)))
 
 
+@pytest.fixture(autouse=True)
+def _compiled_anew() -> None:
+    """Each test compiles for itself: after eight compilations of one function the compiler leaves it eager."""
+    torch._dynamo.reset()
+
+
 @pytest.fixture
 def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
@@ -123,7 +129,6 @@ def test_more_than_2_31_elements_are_quantized_alike(granularity, rounding):
 @pytest.mark.parametrize("granularity", ["tensor", "row", "block(1x128)", "block(16x16)"])
 @pytest.mark.parametrize("rounding", kernel.ROUNDINGS)
 def test_the_cpu_and_the_gpu_eager_and_compiled_give_the_same_codes(format, granularity, rounding):
-    torch._dynamo.reset()  # each case is a compilation of its own
     fmt, shared = Format.parse(format), Granularity.parse(granularity)
 
     @torch.compile(dynamic=False, fullgraph=True)

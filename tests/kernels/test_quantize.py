@@ -111,6 +111,16 @@ def test_ties_and_the_smallest_values_of_fp32_round_alike(format):
         assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("seed", [5, torch.tensor(-(2**40) - 7)], ids=["int", "tensor"])
+def test_random_roundings_are_those_of_the_definition(format, seed):
+    for granularity, scales in (("row", "power-of-two"), ("tensor", "exact"), ("block(1x16)", "two-level")):
+        x = matrix((24, 150), torch.float32) * torch.randn(24, 150).mul(8).exp()
+        for view in (x, x.t()):
+            arguments = (view, format, granularity, "stochastic", seed, scales)
+            assert_same(kernel.quantize(*arguments), definition.quantize(*arguments))
+
+
 def test_amax_is_that_of_the_definition():
     x = matrix((37, 150), torch.float16)
     for granularity in map(Granularity.parse, GRANULARITIES):
