@@ -150,6 +150,13 @@ class Format:
         return math.ldexp(self.smallest_normal, -self.mantissa_bits) if self.kind == "float" else 1.0
 
     @property
+    def finite_count(self) -> int:
+        """How many codes are finite numbers, both zeros counted."""
+        if self.kind != "float":
+            return int(2**self.bits) if self.kind == "int" else 2
+        return (self._max_code + 1) * (2 if self.signed else 1)
+
+    @property
     def code_dtype(self) -> torch.dtype:
         """The integer dtype of codes: uint8 up to 8 bits, then int32 and int64. Codes are never negative, but those of
         fp64, which are its bit patterns as int64."""
@@ -166,7 +173,7 @@ class Format:
             assert isinstance(result, Tensor)
             return float(result.item())
         if self.kind != "float":
-            return torch.where(x.isfinite(), 1.0, math.nan).double()
+            return torch.where(x.isfinite(), 2.0 if self.kind == "binary" else 1.0, math.nan).double()
         wide = x.detach().double()
         exponent = self._exponent(wide) - self.mantissa_bits
         return torch.where(wide.isfinite(), _scale(torch.ones_like(wide), exponent), math.nan)

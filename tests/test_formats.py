@@ -72,6 +72,35 @@ def test_every_code_decodes_as_in_ml_dtypes(name):
     torch.testing.assert_close(fmt.decode(torch.from_numpy(codes)), expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_every_code_of_a_small_integer_is_its_twos_complement(bits):
+    info = ml_dtypes.iinfo(f"int{bits}")
+    values = Format.parse(f"int{bits}").decode(torch.arange(2**bits))
+    in_order = [*range(0, int(info.max) + 1), *range(int(info.min), 0)]
+    assert values.tolist() == in_order
+    stored = np.array(in_order, dtype=f"int{bits}").view(np.uint8) & (2**bits - 1)
+    assert Format.parse(f"int{bits}").encode(values).tolist() == stored.tolist()
+
+
+@pytest.mark.parametrize("fmt", [*SMALL, Format.parse("e3m4"), Format.parse("int5")], ids=str)
+def test_finite_codes_are_counted_without_being_listed(fmt):
+    assert fmt.finite_count == len(fmt.finite_codes())
+
+
+@pytest.mark.parametrize("exponent", range(2, 9))
+@pytest.mark.parametrize("mantissa", [1, 2, 5, 9])
+def test_any_exponent_and_mantissa_follow_ieee_754(exponent, mantissa):
+    """Largest, smallest normal and subnormal by the formulas of IEEE 754, and every code survives."""
+    fmt = Format.parse(f"e{exponent}m{mantissa}")
+    bias = 2 ** (exponent - 1) - 1
+    if fmt.name not in FORMATS:  # e2m1 and its like are the OCP's, which have no infinities
+        assert fmt.max == (2 - 2.0**-mantissa) * 2.0**bias
+    assert fmt.smallest_normal == 2.0 ** (1 - bias)
+    assert fmt.smallest_subnormal == 2.0 ** (1 - bias - mantissa)
+    codes = fmt.finite_codes()
+    assert torch.equal(fmt.encode(fmt.decode(codes)), codes)
+
+
 @pytest.mark.parametrize(("name", "integer"), [("fp32", torch.int32), ("fp64", torch.int64)])
 def test_wide_codes_are_the_bits(name, integer):
     fmt = FORMATS[name]

@@ -35,6 +35,7 @@ COMMANDS = {
         "quantize": ("fewbits.cli.quantize", "Quantize a trained model, and measure what it cost."),
     },
     "Look at a format": {
+        "formats": ("fewbits.cli.formats", "Print the number formats, or one, or what values become in it."),
         "precision": ("fewbits.cli.precision", "Print what a precision means on this machine."),
     },
 }
