@@ -121,7 +121,7 @@ class _Worker:
             self.scheme,
         )
         replace_module(self.model, name, packed)
-        effective = packed.weight.float() / factors.columns / factors.rows.unsqueeze(-1)
+        effective = packed.weight.float() / factors.columns / factors.rows
         row: dict[str, Any] = {"layer": name, "shape": list(weight.shape), "method": self._method(inputs)}
         if self.options.method == "awq":
             row["alpha"] = factors.alpha
