@@ -26,10 +26,10 @@ from fewbits.nn.transformer import Block
 class Factors:
     """What the weight of a layer was multiplied by."""
 
-    columns: Tensor = field(default_factory=lambda: torch.ones(1))
-    """[K] or [1], fp32."""
-    rows: Tensor = field(default_factory=lambda: torch.ones(1))
-    """[O] or [1], fp32."""
+    columns: Tensor = field(default_factory=lambda: torch.ones(()))
+    """fp32 [K], or 0-d, which goes with every device."""
+    rows: Tensor = field(default_factory=lambda: torch.ones(()))
+    """fp32 [O, 1], or 0-d."""
     alpha: float = 0.0
     """The exponent that was chosen."""
 
@@ -38,10 +38,7 @@ def fold_block(
     block: Block, layers: Mapping[str, nn.Linear], inputs: Mapping[str, Inputs], scheme: Scheme, dtype: torch.dtype
 ) -> dict[str, Factors]:
     """Folds the scales that awq finds into `block`, in place; what happened to each of `layers` (those to be quantized)."""
-    factors = {
-        name: Factors(torch.ones(1, device=layer.weight.device), torch.ones(1, device=layer.weight.device))
-        for name, layer in layers.items()
-    }
+    factors = {name: Factors() for name in layers}
 
     def search(names: list[str]) -> Tensor | None:
         """The scales of layers that share an input, multiplied into them; None when one of them is kept."""
@@ -79,7 +76,7 @@ def _divide_rows(name: str, s: Tensor | None, layers: Mapping[str, nn.Linear], f
     layer = layers[name]
     rows = torch.ones(layer.out_features, device=s.device)
     rows[-len(s) :] = 1.0 / s
-    layer.weight.data.mul_(rows.unsqueeze(-1))
+    layer.weight.data.mul_(rows.unsqueeze(1))
     if layer.bias is not None:
         layer.bias.data.mul_(rows)
-    factors[name].rows = rows
+    factors[name].rows = rows.unsqueeze(1)

@@ -18,6 +18,7 @@ from fewbits.export.methods import Rounded, gptq, output_error, round_weight, sc
 from fewbits.export.options import DTYPES, QuantizeOptions, linear_layers
 from fewbits.nn.packed import PackedLinear, Scheme, refuse_packed, replace_module
 from fewbits.nn.transformer import Block, Transformer
+from fewbits.numerics.measure import cosine, sqnr
 
 
 @dataclass
@@ -120,7 +121,7 @@ class _Worker:
             self.scheme,
         )
         replace_module(self.model, name, packed)
-        effective = packed.weight.float() / factors.columns / factors.rows.unsqueeze(-1)
+        effective = packed.weight.float() / factors.columns / factors.rows
         row: dict[str, Any] = {"layer": name, "shape": list(weight.shape), "method": self._method(inputs)}
         if self.options.method == "awq":
             row["alpha"] = factors.alpha
@@ -142,21 +143,15 @@ class _Worker:
 
 
 def _errors(original: Tensor, effective: Tensor, inputs: Inputs | None) -> dict[str, float | None]:
-    """sqnr_db and cosine of a weight; output_sqnr_db, over the inputs of the layer, where they are known."""
-    difference = effective - original
+    """sqnr_db and cosine of a weight; output_sqnr_db, over the inputs of the layer, where they are known. None where there
+    is no noise, or no signal."""
     output = None
     if inputs is not None:
-        hessian = inputs.hessian
-        output = _decibels(float(output_error(original, hessian)), float(output_error(difference, hessian)))
-    a, b = original.double(), effective.double()
-    norms = float(a.norm() * b.norm())
+        signal, noise = (float(output_error(d, inputs.hessian)) for d in (original, effective - original))
+        output = 10.0 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
+    weight = float(sqnr(original, effective))
     return {
-        "sqnr_db": _decibels(float(a.square().sum()), float(difference.double().square().sum())),
-        "cosine": float((a * b).sum()) / norms if norms else None,
+        "sqnr_db": weight if math.isfinite(weight) else None,
+        "cosine": float(cosine(original, effective)),
         "output_sqnr_db": output,
     }
-
-
-def _decibels(signal: float, noise: float) -> float | None:
-    """10 log10(signal / noise); None when there is no noise, or no signal."""
-    return 10.0 * math.log10(signal / noise) if signal > 0 and noise > 0 else None

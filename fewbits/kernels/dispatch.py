@@ -95,9 +95,10 @@ def int8_execution(device: torch.device, dtype: torch.dtype) -> Choice:
     if key not in _choices:
         a, b = (torch.ones(rows, 1024, dtype=torch.int8, device=device) for rows in (256, 1024))
         times: dict[str, list[float]] = {"integers": [], "widened": []}
-        for _ in range(7):
-            times["integers"].append(_seconds(lambda: int8_matmul(a, b), device))
-            times["widened"].append(_seconds(lambda: a.to(dtype) @ b.to(dtype).t(), device))
+        with torch.no_grad(), _disable_current_modes():
+            for _ in range(7):
+                times["integers"].append(_seconds(lambda: int8_matmul(a, b), device))
+                times["widened"].append(_seconds(lambda: a.to(dtype) @ b.to(dtype).t(), device))
         integers, widened = (1e3 * sorted(found)[len(found) // 2] for found in times.values())
         shown = (
             f"256 x 1,024 x 1,024 takes {integers:.2f} ms in int8 and {widened:.2f} ms in {Format.parse(dtype)} here"

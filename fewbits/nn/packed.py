@@ -95,18 +95,18 @@ class PackedLinear(nn.Module):
         same integers are multiplied in the dtype of the scale: equal up to the rounding of the sums. A token that is not
         finite gives NaN, because its scale is not."""
         x_NK = x.reshape(-1, x.shape[-1]).float()
-        largest_N1 = x_NK.abs().amax(-1, keepdim=True) if x_NK.numel() else x_NK.new_zeros(x_NK.shape[0], 1)
+        largest_N1 = torch.linalg.vector_norm(x_NK, torch.inf, -1, keepdim=True) if x_NK.numel() else x_NK[:, :1]
         scale_N1 = torch.where(largest_N1 == 0, 1.0, largest_N1 / 127.5)
-        integers_NK = (x_NK / scale_N1).nan_to_num(nan=0.0).round().clamp(-128, 127).to(torch.int8)
+        integers_NK = (x_NK / scale_N1).round_().clamp_(-128, 127).to(torch.int8)
         weight_OK = self.codes.view(torch.int8)
         dtype = self.scale.dtype
         if int8_execution(x.device, dtype).value == "integers":
             sums_NO = int8_matmul(integers_NK, weight_OK).float()
         else:
             sums_NO = linear(integers_NK.to(dtype), weight_OK.to(dtype)).float()
-        y_NO = sums_NO * scale_N1 * self.scale.float().t()
+        y_NO = sums_NO.mul_(scale_N1).mul_(self.scale.float().t())
         if self.bias is not None:
-            y_NO = y_NO + self.bias.float()
+            y_NO.add_(self.bias.float())
         return y_NO.to(dtype).view(*x.shape[:-1], self.out_features)
 
     def _values(self) -> Tensor:

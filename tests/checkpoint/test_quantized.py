@@ -96,6 +96,9 @@ def test_every_linear_of_the_other_library_is_packed_or_ignored_by_name(config):
     scheme = SCHEMES["int4 group:16"]
     config_json, tensors = to_hf(config, packed_model(config, scheme).state_dict(), scheme)
     assert config_json["model_type"] == ("opt" if config is GPT2 else "llama")
+    if config is GPT2:  # OPT reads position t at row t + 2
+        positions = tensors["model.decoder.embed_positions.weight"]
+        assert torch.equal(positions[2:], packed_model(config, scheme).positions.weight) and positions.shape == (18, 32)
     ignored = config_json["quantization_config"]["ignore"]
     kept = ["model.decoder.layers.1.fc1"] if config is GPT2 else ["model.layers.1.mlp.up_proj"]
     assert ignored == [*kept, "lm_head"]

@@ -162,7 +162,7 @@ def test_folding_changes_the_weights_and_not_the_answers(config):
         layers = {name: module for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)}
         factors = fold_block(block, layers, seen, Scheme(INT4, "row"), torch.float32)
         for name, factor in factors.items():
-            weight = layers[name].weight / factor.columns / factor.rows.unsqueeze(-1)
+            weight = layers[name].weight / factor.columns / factor.rows
             torch.testing.assert_close(weight, weights[f"blocks.{i}.{name}.weight"])
             names.extend([name] * (factor.alpha > 0))
 

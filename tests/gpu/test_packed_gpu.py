@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from fewbits.choice import Choice
+from fewbits.export.options import QuantizeOptions
+from fewbits.export.quantized import quantize_model
 from fewbits.formats import Format
 from fewbits.kernels.int8_matmul import int8_matmul
 from fewbits.nn.packed import PackedLinear, Scheme
+from fewbits.nn.transformer import ModelConfig, Transformer
 from fewbits.numerics.affine import pack
 
 CUDA = torch.device("cuda")
@@ -61,3 +64,17 @@ def test_activations_in_int8_are_the_same_as_on_the_cpu(monkeypatch):
     found = packed.to(CUDA)(x.to(CUDA)).cpu()
     # the same integers; scales and sums are rounded by fp32 products that a GPU may contract: one ulp of bf16
     torch.testing.assert_close(found.float(), expected.float(), rtol=2**-7, atol=0.0)
+
+
+@pytest.mark.parametrize("method", ["nearest", "mse", "gptq", "awq"])
+def test_a_model_is_quantized_on_the_gpu_as_well_as_on_the_cpu(method):
+    config = ModelConfig(vocab_size=50, context=16, n_layer=2, n_head=4, n_embd=32)
+    batches = [{"input_ids": torch.randint(0, 50, (4, 16)), "labels": torch.randint(0, 50, (4, 16))}]
+    options = QuantizeOptions(format="int4", method=method, dtype="fp32")
+    found = []
+    for device in (torch.device("cpu"), CUDA):
+        model = Transformer(config).to(device).eval()
+        found.append([row["output_sqnr_db"] for row in quantize_model(model, options, batches).layers])
+        assert model(batches[0]["input_ids"].to(device)).isfinite().all()
+    # a value near a tie may fall the other way: the errors are alike, not equal
+    assert found[1] == pytest.approx(found[0], abs=1.0)
