@@ -1,0 +1,1 @@
+"""Trained models made small or written for other runtimes."""
