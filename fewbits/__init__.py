@@ -15,6 +15,7 @@ _HOME = {
     "FewbitsError": "fewbits.errors",
     "Choice": "fewbits.choice",
     "cast": "fewbits.numerics.rounding",
+    "fake_quantize": "fewbits.numerics.fake",
     "quantize": "fewbits.numerics.quantize",
     "Quantized": "fewbits.numerics.quantize",
     "Granularity": "fewbits.numerics.scaling",
@@ -58,6 +59,7 @@ __all__ = [
     "__version__",
     "cast",
     "compare",
+    "fake_quantize",
     "load",
     "prepare",
     "quantize",
@@ -72,6 +74,7 @@ if TYPE_CHECKING:
     from fewbits.lab.compare import compare
     from fewbits.nn.prepare import prepare, unprepare
     from fewbits.nn.transformer import ModelConfig, Transformer
+    from fewbits.numerics.fake import fake_quantize
     from fewbits.numerics.quantize import Quantized, quantize
     from fewbits.numerics.rounding import cast
     from fewbits.numerics.scaling import Granularity

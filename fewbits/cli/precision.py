@@ -10,7 +10,7 @@ import click
 @click.option("--device", default="auto", help="Device to ask: auto, cpu, cuda, cuda:1. Default: the best one present.")
 def precision(name: str, device: str) -> None:
     """Print the table of a precision: fp32, tf32, fp16-mixed, bf16-mixed, fp16-true, bf16-true, fp64, fp8, fp8-row,
-    fp8-block, mxfp8, nvfp4, int8, or a recipe of your own.
+    fp8-block, mxfp8, nvfp4, int8, int8-qat, int4-qat, binary-qat, fp8-qat, or a recipe of your own.
 
     \b
     Overrides follow the name:   fewbits precision "bf16-mixed, master=fp32"

@@ -30,6 +30,7 @@ def eligible(model: nn.Module, recipe: Recipe, kept: Collection[str]) -> dict[st
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             reason = "named by keep" if name in kept else _why_not(model, name, module, embedded, head)
+            reason = reason or (_why_not_fake(module, recipe) if recipe.fake else _why_not_fast(module))
             found[name] = (not reason, reason)
     return found
 
@@ -45,6 +46,18 @@ def _why_not(model: nn.Module, name: str, module: nn.Linear, embedded: Collectio
         return "a head: its outputs are the logits"
     if last == "router" or (last == "gate" and hasattr(model.get_submodule(name.rpartition(".")[0]), "experts")):
         return "a router: rounding would send tokens elsewhere"
+    return ""
+
+
+def _why_not_fake(module: nn.Linear, recipe: Recipe) -> str:
+    """What is trained for a quantized checkpoint must fit into one: groups there are whole."""
+    group = 0 if recipe.output is None else recipe.output.right.granularity.columns
+    if group and module.in_features % group:
+        return f"in_features={module.in_features} is not divisible by the group of {group}"
+    return ""
+
+
+def _why_not_fast(module: nn.Linear) -> str:
     for side, size in (("in_features", module.in_features), ("out_features", module.out_features)):
         if size % MULTIPLE:
             return f"{side}={size} is not divisible by {MULTIPLE}"

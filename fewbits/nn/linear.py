@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from fewbits.kernels.dispatch import emulated
+from fewbits.nn.fake import LEARNED, fake_linear, hold_fake
 from fewbits.nn.lowbit import HeldWeight, ScaleHistory, lowbit_linear
 from fewbits.numerics.keys import current_key
 from fewbits.numerics.matmul import emulated_linear
@@ -33,6 +36,8 @@ class Linear(nn.Linear):
     tf32: bool = False
     recipe: str = ""
     """Canonical text of a `Recipe` for the three matmuls; "" multiplies in the working format."""
+    fake: bool = False
+    """Whether the recipe is one of quantization-aware training."""
     held: HeldWeight | None = None
     """Codes of the weight as long as a step holds it still (see `held_weights`)."""
     history: ScaleHistory | None = None
@@ -42,6 +47,10 @@ class Linear(nn.Linear):
         """x [..., in_features] -> [..., out_features], in the dtype of the weight."""
         if not self.recipe:
             return linear(x, self.weight, self.bias, self.tf32)
+        if self.fake:
+            codes, scale, *_ = self.held or HeldWeight()
+            learned = getattr(self, LEARNED, None)
+            return fake_linear(x, self.weight, self.bias, learned, codes, scale, self.recipe)
         site = getattr(self, "site", None)  # a buffer, 0-d int64, of layers whose recipe draws random numbers
         key = None if site is None else current_key(x.device) ^ site
         held = self.held or HeldWeight()
@@ -49,3 +58,10 @@ class Linear(nn.Linear):
         history = self.history if self.held is not None else None
         largest, maxima = (None, None) if history is None else (history.largest, history.maxima)
         return lowbit_linear(x, self.weight, self.bias, *held, key, largest, maxima, self.recipe)
+
+    def hold(self, quantizer: Callable[..., HeldWeight]) -> HeldWeight:
+        """The codes of the weight as it is now; `quantizer` makes those of recipes that are not fake."""
+        if self.fake:
+            return hold_fake(self.weight, getattr(self, LEARNED, None), self.recipe)
+        known = (None, None) if self.history is None else (self.history.largest, self.history.maxima)
+        return quantizer(self.weight, self.recipe, *known)

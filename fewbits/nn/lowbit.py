@@ -118,10 +118,10 @@ def lowbit_linear(
     return _LowBitLinear.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def let_compilers_in() -> None:
-    """Lets torch.compile take `lowbit_linear` as one call: what is inside is traced by autograd, not read by dynamo,
-    which would stumble over parsing and caches. Imports the compiler, so only models with a recipe ask for it."""
-    torch.compiler.allow_in_graph(lowbit_linear)  # type: ignore[no-untyped-call]
+def let_compilers_in(function: Callable[..., Tensor]) -> None:
+    """Lets torch.compile take `lowbit_linear` or its like as one call: what is inside is traced by autograd, not read by
+    dynamo, which would stumble over parsing and caches. Imports the compiler, so only models with a recipe ask for it."""
+    torch.compiler.allow_in_graph(function)  # type: ignore[no-untyped-call]
 
 
 class _LowBitLinear(torch.autograd.Function):
@@ -145,7 +145,7 @@ class _LowBitLinear(torch.autograd.Function):
         x_NK = x.reshape(-1, x.shape[-1])
         left = None if recipe.output is None else draw.quantized(x_NK, recipe.output.left, "output", ACTIVATION)
         if left is None or output_codes is None or output_scale is None or recipe.output is None:
-            y_NO = _plain(x_NK, weight, bias)
+            y_NO = plain(x_NK, weight, bias)
         else:
             right = _restored(output_codes, output_scale, recipe.output.right)
             y_NO = scaled_matmul(left, right, recipe.output.accumulator, weight.dtype, bias)
@@ -174,7 +174,7 @@ class _LowBitLinear(torch.autograd.Function):
         left = None
         if ctx.needs_input_grad[0]:
             if recipe.grad_input is None:
-                grad_x = _plain(grad_NO, weight.t())
+                grad_x = plain(grad_NO, weight.t())
             else:
                 left = draw.quantized(grad_NO, recipe.grad_input.left, "grad_input", GRADIENT)
                 right = _restored(codes, scale, recipe.grad_input.right)
@@ -182,7 +182,7 @@ class _LowBitLinear(torch.autograd.Function):
             grad_x = grad_x.view(ctx.shape)
         if ctx.needs_input_grad[1]:
             if recipe.grad_weight is None:
-                grad_weight = _plain(grad_NO.t(), x_codes.t())
+                grad_weight = plain(grad_NO.t(), x_codes.t())
             else:
                 if left is not None and shared_gradient(recipe):
                     rows = transposed(left)
@@ -259,7 +259,7 @@ def _restored(codes: Tensor, scale: Tensor, operand: Operand) -> Quantized:
     return Quantized(codes, scale, operand.format, operand.granularity, operand.scaling)
 
 
-def _plain(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+def plain(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """left @ right.T (+ bias) of a matmul that stays in the working format, bf16."""
     if emulated("bf16", left.device.type):
         wide = None if bias is None else bias.float()
@@ -275,11 +275,9 @@ def held_weights(model: nn.Module) -> Iterator[None]:
     quantizer: Callable[..., HeldWeight] = getattr(model, "fewbits_hold", None) or hold_text
     try:
         for layer in layers:
-            history: ScaleHistory | None = layer.history
-            if history is not None:
-                history.begin(layer.weight.device)
-            known = (None, None) if history is None else (history.largest, history.maxima)
-            layer.held = quantizer(layer.weight, layer.recipe, *known)
+            if layer.history is not None:
+                layer.history.begin(layer.weight.device)
+            layer.held = layer.hold(quantizer)
         yield
         for layer in layers:
             if layer.history is not None:

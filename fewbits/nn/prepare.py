@@ -24,8 +24,9 @@ from fewbits.nn import remainder
 from fewbits.nn.eligible import eligible
 from fewbits.nn.embedding import Embedding
 from fewbits.nn.emulate import emulation, needed
+from fewbits.nn.fake import LEARNED, fake_linear, first_log_scale
 from fewbits.nn.linear import Linear
-from fewbits.nn.lowbit import ScaleHistory, let_compilers_in
+from fewbits.nn.lowbit import ScaleHistory, let_compilers_in, lowbit_linear
 from fewbits.nn.norm import LayerNorm, RMSNorm
 from fewbits.nn.packed import refuse_packed
 from fewbits.nn.transformer import Transformer
@@ -117,7 +118,7 @@ def prepare(model: nn.Module, precision: str | Precision, keep: Iterable[str] = 
     if isinstance(model, Transformer):
         model.tf32 = precision.operand.name == "tf32"
     if precision.recipe:
-        let_compilers_in()
+        let_compilers_in(fake_linear if precision.recipe.fake else lowbit_linear)
     undo.hooks.append(model.register_forward_pre_hook(_cast_inputs(precision.working), with_kwargs=True))
     if report.foreign and precision.working.bits == 16:
         undo.hooks += _emulate_around(model)
@@ -164,7 +165,8 @@ def unprepare(model: nn.Module, optimizer: Any = None) -> nn.Module:
     for module in undo.lowbit:
         module._buffers.pop("site", None)
         module._non_persistent_buffers_set.discard("site")
-        for name in ("recipe", "history"):
+        module._parameters.pop(LEARNED, None)
+        for name in ("recipe", "fake", "history"):
             module.__dict__.pop(name, None)
     for module, kind in undo.classes:
         module.__dict__.pop("tf32", None)
@@ -177,9 +179,12 @@ def unprepare(model: nn.Module, optimizer: Any = None) -> nn.Module:
 
 
 def _give_recipe(module: nn.Module, name: str, precision: Precision, undo: _Undo) -> None:
-    """Turns a linear layer of ours to few bits. A layer draws its own random numbers, set apart by its name."""
+    """Turns a linear layer of ours to few bits. A layer draws its own random numbers, set apart by its name; one whose
+    scales are learned gets them as an fp32 parameter."""
     held: Any = module
-    held.recipe = str(precision.recipe)
+    held.recipe, held.fake = str(precision.recipe), precision.recipe.fake
+    if precision.recipe.fake and (learned := first_log_scale(held.weight, held.recipe)) is not None:
+        module.register_parameter(LEARNED, learned)
     if precision.recipe.stochastic:
         device = held.weight.device
         site = torch.tensor(mix_key(zlib.crc32(name.encode())), dtype=torch.int64, device=device)

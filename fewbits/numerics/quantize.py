@@ -15,7 +15,7 @@ from torch import Tensor
 from fewbits.errors import FewbitsError
 from fewbits.formats import Format
 from fewbits.numerics.rounding import cast
-from fewbits.numerics.scaling import Granularity, block_amax, inverse, scale_of, times
+from fewbits.numerics.scaling import Granularity, block_amax, block_mean, inverse, scale_of, times
 
 _POWERS = ("power-of-two", "delayed", "unit")  # kinds of scale that are powers of two
 Key = int | Tensor
@@ -77,13 +77,15 @@ def quantize(
 ) -> Quantized:
     """`x` in few bits: a scale for every block from its largest magnitude, then codes of x / scale.
 
+    Binary takes the mean magnitude instead, the scale of the smallest squared error (Rastegari et al. 2016, equation 6).
+
     Args:
         x: any float dtype, any shape; axes before the last are rows.
         format: of at most 8 bits for anything useful; every format works.
         granularity: tensor, row, group:128, block(RxC); blocks at the edge may be cut.
         rounding: nearest-even, nearest-away, toward-zero or stochastic (keyed by `seed`).
         scales: "power-of-two" (default for floats: unscaling is exact), "exact" (amax / max, default for integers) or
-            "two-level" (e4m3 under a power of two, NVFP4).
+            "two-level" (e4m3 under a power of two, NVFP4), or "full-range" (integers, all codes; tensor or row).
 
     A block that holds a NaN or an infinity gets the scale NaN: it is not hidden. Raises FewbitsError for names that do
     not exist and for tensors that hold no floats.
@@ -96,7 +98,8 @@ def quantize(
         raise FewbitsError(f"A {x.dtype} tensor cannot be quantized; give fp64, fp32, bf16 or fp16.")
     matrix = _matrix(x.detach())
     kind = scales or default_scales(fmt)
-    scale = scale_of(block_amax(matrix, shared), fmt, kind)
+    size = block_mean(matrix, shared) if fmt.kind == "binary" else block_amax(matrix, shared)
+    scale = scale_of(size, fmt, kind)
     codes = encode(matrix, scale, fmt, shared, rounding, seed, kind)
     return Quantized(codes.view(x.shape), scale, fmt, shared, kind)
 
@@ -119,8 +122,12 @@ def encode(
 
     The product is formed in fp32 and rounded once to fp32. `scales` only tells what is known about `scale`: a product of
     bf16 and a power of two is exact in bf16 too, which saves an eager CPU the fp32 copy of x. NaN stays NaN in formats
-    that have one; everywhere a scale that is NaN marks its block.
+    that have one; everywhere a scale that is NaN marks its block. "full-range" divides by the scale, as the engines do
+    that take such scales, and uses the code -max - 1 too.
     """
+    if scales == "full-range":
+        steps = (x.float() / scale).nan_to_num(nan=0.0).round()
+        return steps.clamp(-format.max - 1, format.max).to(carrier(format))
     short = scales in _POWERS and x.dtype == torch.bfloat16 and _eager_cpu(x)
     inv_scale, x = inverse(scale), x if short else x.float()
     scaled = times(x, inv_scale.to(x.dtype), granularity)

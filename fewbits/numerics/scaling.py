@@ -16,7 +16,7 @@ from torch import Tensor
 from fewbits.errors import FewbitsError, nearest
 from fewbits.formats import Format
 
-SCALES = ("power-of-two", "exact", "two-level")
+SCALES = ("power-of-two", "exact", "two-level", "full-range")
 _KINDS = ("tensor", "row", "block(1x128)", "block(128x128)", "block(1x32)", "block(1x16)", "block(16x16)")
 
 
@@ -113,6 +113,16 @@ def block_amax(x: Tensor, granularity: Granularity) -> Tensor:
     return blocks(x, granularity).abs().amax(dim=(1, 3)).float()
 
 
+def block_mean(x: Tensor, granularity: Granularity) -> Tensor:
+    """The mean magnitude in every block of a matrix, fp32 [grid rows, grid columns]: summed in fp64, rounded once."""
+    above, across = granularity.grid(x.shape)
+    if not x.numel():
+        return torch.zeros(above, across, dtype=torch.float32, device=x.device)
+    sums = blocks(x.abs().double(), granularity).sum(dim=(1, 3))
+    sizes = blocks(torch.ones(x.shape, dtype=torch.float64, device=x.device), granularity).sum(dim=(1, 3))
+    return (sums / sizes).float()
+
+
 def _is_transposed(x: Tensor) -> bool:
     """Whether a matrix lies in memory column by column: it is then worked on as its transpose, at the speed of memory."""
     return x.stride(0) == 1 and x.stride(1) != 1
@@ -158,9 +168,10 @@ def two_level_scale(amax: Tensor, largest: float) -> Tensor:
 
 
 def scale_of(amax: Tensor, format: Format, kind: str = "power-of-two") -> Tensor:
-    """The scale of every block, fp32 like `amax`: "power-of-two", "exact" or "two-level".
+    """The scale of every block, fp32 like `amax`: "power-of-two", "exact", "two-level" or "full-range".
 
-    Integers use the symmetric range, -max to max. Raises FewbitsError for a kind that does not exist.
+    Integers use the symmetric range, -max to max; with "full-range" also -max - 1, and amax falls on max + 1/2, as
+    engines that round activations on the fly take it. Raises FewbitsError for a kind that does not exist or fit.
     """
     if kind == "power-of-two":
         return power_of_two_scale(amax, format.max)
@@ -168,6 +179,10 @@ def scale_of(amax: Tensor, format: Format, kind: str = "power-of-two") -> Tensor
         return exact_scale(amax, format.max)
     if kind == "two-level":
         return two_level_scale(amax, format.max)
+    if kind == "full-range":
+        if format.kind != "int":
+            raise FewbitsError(f"{format.name} has no code that full-range scales could add; only integers have one.")
+        return exact_scale(amax, format.max + 0.5)
     raise FewbitsError(f"There is no kind of scale '{kind}'.{nearest(kind, SCALES)} Use {', '.join(SCALES)}.")
 
 

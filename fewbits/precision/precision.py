@@ -63,6 +63,7 @@ class Precision:
         parts = [] if self.name == "custom" else [self.name]
         was = base.recipe.texts()
         parts += [f"{key}={text}" for key, text in self.recipe.texts().items() if text != was[key]]
+        parts += ["fake"] if self.recipe.fake and not base.recipe.fake else []
         parts += [f"{key}={getattr(self, key)}" for key in OVERRIDES if getattr(self, key) != getattr(base, key)]
         return ", ".join(parts)
 
@@ -88,6 +89,8 @@ class Precision:
             if key in (*OVERRIDES, *RECIPE_KEYS) and equals:
                 changes[key] = value
                 previous = key
+            elif key == "fake" and not equals:
+                changes[key] = key
             elif previous == "loss_scale" and ":" in changes["loss_scale"]:  # dynamic:initial=1024,interval=100
                 changes["loss_scale"] += f",{key}={value}"
             else:
@@ -100,13 +103,14 @@ class Precision:
 
     def _changed(self, changes: Mapping[str, str]) -> Precision:
         """With overrides and parts of the recipe given as text."""
-        parts = {key: changes[key] for key in RECIPE_KEYS if key in changes}
+        parts = {key: changes[key] for key in (*RECIPE_KEYS, "fake") if key in changes}
         if parts and not self.recipe and self.name != "custom":
             raise FewbitsError(
                 f'{self.name} has no recipe to change with {next(iter(parts))}=. Write the recipe alone: "output=e4m3/row, '
                 'grad_input=e5m2/tensor" multiplies in few bits over bf16-mixed.'
             )
-        recipe = self.recipe.changed(parts) if parts else self.recipe
+        start = dataclasses.replace(self.recipe, fake=True) if "fake" in parts else self.recipe
+        recipe = start.changed(parts) if parts else self.recipe
         if not recipe and (parts or self.name == "custom"):
             raise FewbitsError(
                 "This recipe leaves all three matmuls in 16 bits; write bf16-mixed, or give one of them a format."
@@ -201,7 +205,6 @@ ALIASES: dict[str, str] = {
     "fp8-tensor": "fp8", "float8": "fp8", "fp8-tensorwise": "fp8", "fp8-rowwise": "fp8-row", "fp8-blockwise": "fp8-block",
     "mx-fp8": "mxfp8", "fp4": "nvfp4",
 }  # fmt: skip
-LATER = ("int8-qat", "int4-qat", "binary-qat", "fp8-qat")
 
 
 def _named(text: str) -> Precision:
@@ -209,8 +212,6 @@ def _named(text: str) -> Precision:
     name = ALIASES.get(word, word)
     if name in (*PRECISIONS, "custom"):
         return PRECISIONS.get(name, _CUSTOM)
-    if name in LATER:
-        raise FewbitsError(f"Precision '{name}' is not in this version; it has {', '.join(PRECISIONS)}.")
     raise FewbitsError(
         f"There is no precision '{text.strip()}'.{nearest(word, [*PRECISIONS, *ALIASES])} "
         f"Precisions are {', '.join(PRECISIONS)}."

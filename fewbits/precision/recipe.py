@@ -21,7 +21,7 @@ from fewbits.numerics.quantize import default_scales
 from fewbits.numerics.scaling import SCALES, Granularity
 
 ROUNDINGS = ("nearest-even", "stochastic", "toward-zero", "nearest-away")
-SCALINGS = (*SCALES, "delayed", "unit")
+SCALINGS = (*SCALES, "delayed", "unit", "learned")
 ACCUMULATORS = ("fp32", "fast", "14bit", "14bit/128", "fp16", "fp16/128", "bf16", "bf16/128")
 MATMULS = ("output", "grad_input", "grad_weight")
 
@@ -32,7 +32,8 @@ class Operand:
 
     format, granularity: of its codes and scales. rounding: nearest-even, stochastic, toward-zero, nearest-away.
     scaling: power-of-two, exact or two-level, from the current maximum of the tensor; delayed (from the maxima of the last
-    steps) or unit (fixed at the size that a unit-variance tensor has).
+    steps), unit (fixed at the size that a unit-variance tensor has) or, in quantization-aware training, learned (a
+    parameter of the layer).
     hadamard: whether groups of 16 along the contraction go through a random Hadamard transform first; both operands of
     the matmul must, and the products stay the same.
     """
@@ -43,7 +44,14 @@ class Operand:
     scaling: str = "power-of-two"
     hadamard: bool = False
 
+    @property
+    def wide(self) -> bool:
+        """Whether this operand of a fake recipe stays as it is: "bf16" beside an operand in few bits."""
+        return self.format.name == "bf16"
+
     def __str__(self) -> str:
+        if self == Operand(self.format, Granularity()) and self.wide:
+            return "bf16"
         options = [self.rounding] if self.rounding != "nearest-even" else []
         options += [self.scaling] if self.scaling != default_scales(self.format) else []
         options += ["hadamard"] if self.hadamard else []
@@ -82,6 +90,8 @@ class Operand:
             raise FewbitsError(
                 f"Operand '{text.strip()}': {scaling} scaling knows one scale a tensor; use granularity tensor."
             )
+        if scaling == "full-range" and (format.kind != "int" or granularity not in (Granularity(), Granularity(1, 0))):
+            raise FewbitsError(f"Operand '{text.strip()}': full-range scales are for integers, one a row or tensor.")
         return Operand(format, granularity, rounding, scaling, hadamard)
 
 
@@ -119,6 +129,12 @@ class Recipe:
                 raise FewbitsError(
                     f"{name}={matmul} transforms one operand only; products stay the same only when both have 'hadamard'."
                 )
+        if self.fake:
+            _check_fake(self)
+        elif any(operand.scaling == "learned" for operand in self.operands):
+            raise FewbitsError(
+                "Learned scales belong to quantization-aware training, whose backward leaves them a gradient; add 'fake'."
+            )
 
     def __str__(self) -> str:
         parts = [f"{name}={text}" for name, text in self.texts().items() if (name, text) != ("accumulate", "fp32")]
@@ -184,10 +200,10 @@ class Recipe:
                 changes[key] = value
             else:
                 raise FewbitsError(
-                    f"'{part.strip()}' is no part of a recipe.{nearest(key, (*MATMULS, 'accumulate'))} Write "
-                    f"KEY=VALUE with {', '.join(MATMULS)}, accumulate."
+                    f"'{part.strip()}' is no part of a recipe.{nearest(key, (*MATMULS, 'accumulate', 'fake'))} Write "
+                    f"KEY=VALUE with {', '.join(MATMULS)}, accumulate, or fake."
                 )
-        return replace(Recipe().changed(changes), fake=fake)
+        return Recipe(fake=fake).changed(changes)
 
 
 def _matmul(name: str, text: str, output: Matmul | None) -> Matmul | None:
@@ -212,6 +228,41 @@ def _matmul(name: str, text: str, output: Matmul | None) -> Matmul | None:
     )
 
 
+def _check_fake(recipe: Recipe) -> None:
+    """Raises FewbitsError for what quantization-aware training cannot do."""
+    if recipe.grad_input is not None or recipe.grad_weight is not None:
+        raise FewbitsError(
+            "A fake recipe rounds the forward only: its backward multiplies the rounded values in 16 bits. Leave "
+            "grad_input and grad_weight out, or leave out 'fake' to multiply gradients in few bits."
+        )
+    if recipe.output is None:
+        return
+    left, right, accumulator = recipe.output.left, recipe.output.right, recipe.output.accumulator
+    if right.wide:
+        raise FewbitsError(
+            f"output={recipe.output} leaves the weight as it is; give it a format, as in bf16 x int4/row."
+        )
+    if left.scaling == "learned":
+        raise FewbitsError(f"output={recipe.output}: activations take the current maximum; only weights learn a scale.")
+    if left.format.kind == "binary" or (not left.wide and left.granularity != Granularity(1, 0)):
+        raise FewbitsError(
+            f"output={recipe.output}: activations of a fake recipe are bf16, or integers or floats with one scale a row "
+            "(a token), which no other token changes."
+        )
+    fits = {"exact", "power-of-two", "learned"}
+    for operand, scalings in ((left, {*fits, "full-range"}), (right, fits)):
+        if operand.rounding != "nearest-even" or operand.hadamard or operand.scaling not in scalings:
+            raise FewbitsError(
+                f"output={recipe.output}: fake recipes round to nearest even with scales {', '.join(sorted(scalings))}."
+            )
+    if right.granularity.rows != 1:
+        raise FewbitsError(
+            f"output={recipe.output}: weights of a fake recipe have scales by row or group:N, as stored."
+        )
+    if accumulator not in ("fp32", "fast"):
+        raise FewbitsError(f"accumulate={accumulator} is not modelled in fake recipes; leave it out.")
+
+
 def _accumulating(recipe: Recipe, text: str) -> Recipe:
     words = [word.strip().lower() for word in text.split("|")]
     words = words * 3 if len(words) == 1 else words
@@ -227,7 +278,9 @@ def _accumulating(recipe: Recipe, text: str) -> Recipe:
 
 
 # Formats and granularities: Micikevicius et al. 2022 (arXiv 2209.05433) for fp8, DeepSeek-V3 (2412.19437) for fp8-block,
-# OCP Microscaling v1.0 and arXiv 2506.08027 (scales rounded up) for mxfp8, arXiv 2509.25149 for nvfp4.
+# OCP Microscaling v1.0 and arXiv 2506.08027 (scales rounded up) for mxfp8, arXiv 2509.25149 for nvfp4. int8-qat rounds
+# tokens as compressed-tensors does (all 256 codes). Groups of 32 divide every usual width; over groups of 128 they cost
+# 0.375 bits a weight (a bf16 scale each) and take a scale from a quarter of the weights.
 RECIPES: dict[str, Recipe] = {
     name: Recipe.parse(text)
     for name, text in {
@@ -244,6 +297,10 @@ RECIPES: dict[str, Recipe] = {
         "accumulate=fast|fp32|fp32",
         "fp8-unit": "output=e4m3/tensor/unit, grad_input=e5m2/tensor/unit, grad_weight=e5m2/tensor/unit, "
         "accumulate=fast|fp32|fp32",
+        "int8-qat": "output=int8/row/full-range x int8/row, fake",
+        "int4-qat": "output=bf16 x int4/group:32, fake",
+        "binary-qat": "output=bf16 x binary/row, fake",
+        "fp8-qat": "output=e4m3/row, fake",
     }.items()
 }
 """The recipes that have a name; any other is text."""

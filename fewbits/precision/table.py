@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 Row = tuple[str, str, str]
 KEPT = "embedding, head, router, norms, linear layers whose sides are not divisible by 16 or that are too small to gain"
+KEPT_FAKE = "embedding, head, router, norms, linear layers whose inputs the group does not divide"
 
 _MASTER_WHERE = {
     "fp32": "optimizer, fp32 copy",
@@ -71,14 +72,16 @@ def _matmul(precision: Precision, name: str) -> str:
     if matmul is not None:
         return _lowbit(matmul, precision)
     operand = precision.operand
+    of = ", of the rounded values" if precision.recipe.fake else ""
     result = precision.working if operand.name == "tf32" else operand
     rounding = ", nearest-even" if result.bits < 32 else ""
-    return f"{operand} x {operand} -> {result}{rounding}, {precision.reduction} accumulation"
+    return f"{operand} x {operand} -> {result}{rounding}, {precision.reduction} accumulation{of}"
 
 
 def _lowbit(matmul: Matmul, precision: Precision) -> str:
     """One low-bit matmul in words, what both operands share said once."""
     left, right = matmul.left, matmul.right
+    fake = ["gradients pass straight through"] if precision.recipe.fake else []
     sums = {"fp32": "full", "fast": "fast"}.get(matmul.accumulator, f"modelled {matmul.accumulator}")
     shared = (
         f"{left.granularity} scales"
@@ -87,8 +90,10 @@ def _lowbit(matmul: Matmul, precision: Precision) -> str:
     )
     scaling = left.scaling if left.scaling == right.scaling else f"{left.scaling} x {right.scaling}"
     rounding = left.rounding if left.rounding == right.rounding else f"{left.rounding} x {right.rounding}"
+    if left.wide:
+        shared, scaling, rounding = f"{right.granularity} scales", right.scaling, right.rounding
     parts = [f"{left.format} x {right.format} -> {precision.working}", f"{shared} ({scaling})", rounding]
-    return ", ".join([*parts, *(["random Hadamard"] if left.hadamard else []), f"{sums} accumulation"])
+    return ", ".join([*parts, *(["random Hadamard"] if left.hadamard else []), f"{sums} accumulation", *fake])
 
 
 def _kept(precision: Precision, report: Any) -> Row:
@@ -96,7 +101,12 @@ def _kept(precision: Precision, report: Any) -> Row:
         return _outside(precision, report)
     kept = list(getattr(report, "kept", ()))
     if precision.recipe and report is None:
-        return ("kept", "", f"in {precision.working}: {KEPT}; buffers, as they are (why: only parameters are rounded)")
+        kept_out = KEPT_FAKE if precision.recipe.fake else KEPT
+        return (
+            "kept",
+            "",
+            f"in {precision.working}: {kept_out}; buffers, as they are (why: only parameters are rounded)",
+        )
     if kept:
         names = ", ".join(row[0] for row in kept[:4]) + (f" and {len(kept) - 4} more" if len(kept) > 4 else "")
         return ("kept", "", f"{names} (why: {kept[0][3]}); buffers (why: only parameters are rounded)")

@@ -132,7 +132,7 @@ class Config:
     name: str = "custom"
     """Name of the run in reports, and of its directory under runs/."""
     precision: str = "auto"
-    """fp32, tf32, bf16-mixed, fp16-mixed, bf16-true, fp16-true, fp64, or few bits (fp8, fp8-row, fp8-block, mxfp8, nvfp4, int8), with overrides such as `bf16-mixed, master=fp32`, or a recipe such as `output=e4m3/row, grad_input=e5m2/tensor`; auto takes the fastest of fp32, tf32 and 16 bits here."""  # noqa: E501
+    """fp32, tf32, bf16-mixed, fp16-mixed, bf16-true, fp16-true, fp64, or few bits (fp8, fp8-row, fp8-block, mxfp8, nvfp4, int8, int8-qat, int4-qat, binary-qat, fp8-qat), with overrides such as `bf16-mixed, master=fp32`, or a recipe such as `output=e4m3/row, grad_input=e5m2/tensor`; auto takes the fastest of fp32, tf32 and 16 bits here."""  # noqa: E501
     keep: str = ""
     """Modules that stay out of the recipe (without one: out of the 16-bit format, in fp32), by name patterns between commas: `lm_head,blocks.0.*`; `blocks.3=fp32` stores one in a format of its own."""  # noqa: E501
     model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=0))
@@ -303,7 +303,9 @@ def recipes() -> dict[str, Path]:
 def _precision_table(table: Mapping[str, Any]) -> str:
     """A `[precision]` table as the text it stands for: `name` first, then what it changes, such as output = "e4m3/row"."""
     parts = [str(table["name"])] if "name" in table else []
-    return ", ".join([*parts, *(f"{key}={value}" for key, value in table.items() if key != "name")])
+    return ", ".join(
+        [*parts, *(key if value is True else f"{key}={value}" for key, value in table.items() if key != "name")]
+    )
 
 
 def _take(config: Config, name: str, value: Any) -> Config:

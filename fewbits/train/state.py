@@ -15,9 +15,12 @@ from torch import Tensor
 from fewbits.checkpoint.hf import from_hf, to_hf
 from fewbits.checkpoint.load import Checkpoint, check_shapes
 from fewbits.errors import FewbitsError
+from fewbits.nn.fake import learned_scales
 from fewbits.optim.base import Optimizer
 from fewbits.train.build import Training
 from fewbits.train.record import environment
+
+EXACT = "exact"  # the last part of the key under which a learned scale is stored beside its moments
 
 
 def exact_weights(model: torch.nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -29,8 +32,13 @@ def exact_weights(model: torch.nn.Module, optimizer: Optimizer) -> dict[str, Ten
 
 
 def model_files(training: Training) -> tuple[dict[str, Tensor], dict[str, str | bytes]]:
-    """The exact weights as transformers names them, and config.json with the tokenizer's files."""
-    config_json, tensors = to_hf(training.config.model, exact_weights(training.model, training.optimizer))
+    """The exact weights as transformers names them, and config.json with the tokenizer's files.
+
+    Learned scales are no weights that anybody else reads: `collect` puts them beside the moments."""
+    learned = learned_scales(training.model)
+    weights = exact_weights(training.model, training.optimizer)
+    weights = {name: tensor for name, tensor in weights.items() if name not in learned}
+    config_json, tensors = to_hf(training.config.model, weights)
     if training.tokenizer.end_of_text is not None:
         config_json |= {key: training.tokenizer.end_of_text for key in ("bos_token_id", "eos_token_id")}
     files: dict[str, str | bytes] = {"config.json": json.dumps(config_json, indent=1), **training.tokenizer.files()}
@@ -49,6 +57,7 @@ def collect(training: Training, progress: dict[str, Any]) -> dict[str, Any]:
     """
     model, files = model_files(training)
     optimizer = training.optimizer.named_state(training.model.named_parameters())
+    optimizer |= {f"{name}/{EXACT}": scale for name, scale in learned_scales(training.model).items()}
     state = {
         "step": training.step.state_dict(),
         "next_batch": training.step.attempts,
@@ -60,6 +69,16 @@ def collect(training: Training, progress: dict[str, Any]) -> dict[str, Any]:
         "environment": environment(),
     }
     return {"model": model, "optimizer": _distinct(optimizer), "state": state, "files": files}
+
+
+def with_learned_scales(
+    weights: dict[str, Tensor], optimizer: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights with the learned scales that were stored beside the moments, and the moments without them."""
+    ending = f"/{EXACT}"
+    learned = {key.removesuffix(ending): value for key, value in optimizer.items() if key.endswith(ending)}
+    moments = {key: value for key, value in optimizer.items() if not key.endswith(ending)}
+    return {**weights, **learned}, moments
 
 
 def _distinct(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -76,12 +95,13 @@ def restore(training: Training, checkpoint: Checkpoint) -> None:
     _check_same(training, checkpoint)
     config, tensors = from_hf(json.loads(checkpoint.files["config.json"]), checkpoint.model)
     parameters = dict(training.model.named_parameters())
+    tensors, moments = with_learned_scales(tensors, checkpoint.optimizer)
     check_shapes(parameters, tensors)
     if config != training.config.model:
         raise FewbitsError(f"{checkpoint.path} is of another model shape. Leave out the model options to continue it.")
     for name, parameter in parameters.items():
         training.optimizer.load_exact(parameter, tensors[name])
-    training.optimizer.load_named_state(parameters.items(), checkpoint.optimizer)
+    training.optimizer.load_named_state(parameters.items(), moments)
     training.step.load_state_dict(state["step"])
     training.forget_remainders()
 

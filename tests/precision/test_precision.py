@@ -9,7 +9,7 @@ import pytest
 from fewbits.errors import FewbitsError
 from fewbits.formats import Format
 from fewbits.precision.plan import Exceptional, Plan
-from fewbits.precision.precision import ALIASES, LATER, PRECISIONS, Precision
+from fewbits.precision.precision import ALIASES, PRECISIONS, Precision
 
 TEXTS = [
     *PRECISIONS,
@@ -77,12 +77,6 @@ def test_a_master_kind_that_is_asked_for_is_used():
     assert Precision.parse("bf16-mixed, master=fp32").resolved_master().value == "fp32"
     assert Precision.parse("bf16-mixed, master=none").resolved_master().value == "none"
     assert Precision.parse("fp32, master=fp32").resolved_master().value == "none"  # the weight is its own master
-
-
-@pytest.mark.parametrize("name", LATER)
-def test_precisions_of_later_versions_say_so(name):
-    with pytest.raises(FewbitsError, match="not in this version"):
-        Precision.parse(name)
 
 
 @pytest.mark.parametrize(
