@@ -1,6 +1,8 @@
-"""Held-out loss of precisions against a reference, paired by seed: trainings side by side in several processes, judged as `compare` does.
+"""Held-out loss of precisions against a reference, paired by seed: trainings side by side, judged as `compare` does.
 
-    python bench/verdicts.py --recipe nano --precisions bf16-mixed,fp8,fp8-row --seeds 5 --workers 8 [--name NAME] [-- OPTIONS of fewbits train]
+    python bench/verdicts.py --precisions bf16-mixed,fp8,fp8-row --seeds 5 --workers 8 [--name NAME] [-- OPTIONS]
+
+OPTIONS are those of `fewbits train`.
 
 Losses only: trainings that share a machine say nothing about speed. Writes bench/results/NAME.json. A training that is in
 the file already is not run again, so an interrupted bench goes on where it was.
@@ -82,9 +84,8 @@ def main() -> None:
     for row in save():
         verdict = row["verdict"] or {}
         low, high = verdict.get("interval") or (float("nan"), float("nan"))
-        print(
-            f"{row['variant']:14s} {verdict.get('kind', 'reference'):10s} {100 * (verdict.get('mean') or 0):+.3f} % ({100 * low:+.3f} to {100 * high:+.3f})"
-        )
+        shown = f"{100 * (verdict.get('mean') or 0):+.3f} % ({100 * low:+.3f} to {100 * high:+.3f})"
+        print(f"{row['variant']:14s} {verdict.get('kind', 'reference'):10s} {shown}")
     print("wrote", path)
 
 

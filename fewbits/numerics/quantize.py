@@ -122,7 +122,8 @@ def encode(
 
     The product is formed in fp32 and rounded once to fp32. `scales` only tells what is known about `scale`: a product of
     bf16 and a power of two is exact in bf16 too, which saves an eager CPU the fp32 copy of x. NaN stays NaN in formats
-    that have one; everywhere a scale that is NaN marks its block. "full-range" divides by the scale, as the engines do
+    that have one; everywhere a scale that is NaN marks its block. "power-of-two" promises that the scales come from the
+    largest magnitudes of x, so that nothing saturates. "full-range" divides by the scale, as the engines do
     that take such scales, and uses the code -max - 1 too.
     """
     if scales == "full-range":
@@ -135,7 +136,9 @@ def encode(
         scaled = scaled.clamp_(-format.max, format.max)
     dtype = carrier(format)
     if rounding == "nearest-even" and format.kind == "float" and dtype == format.dtype and dtype.itemsize == 1:
-        return scaled.clamp_(-format.max, format.max).to(dtype)  # torch 2.11 turns what is beyond e4m3 into NaN
+        if scales != "power-of-two":  # nothing lies beyond those; torch 2.11 turns what is beyond e4m3 into NaN
+            scaled = scaled.clamp_(-format.max, format.max)
+        return scaled.to(dtype)
     if rounding == "nearest-even" and format.kind == "int":
         return scaled.round_().nan_to_num_(nan=0.0).to(dtype)
     values = cast(scaled, format, rounding, seed=seed)
@@ -160,18 +163,29 @@ def decode(
         and codes.dtype.itemsize == 1
         and _eager_cpu(codes)
     ):
-        return times(_narrow(codes), scale.to(dtype), granularity)
+        return times(*_narrow(codes, scale), granularity)
     return times(codes.float(), scale, granularity).to(dtype)
 
 
-def _narrow(codes: Tensor) -> Tensor:
-    """One-byte codes as bf16 values, exact; by bits where torch's eager CPU conversion takes seven times as long."""
-    if codes.dtype == torch.float8_e4m3fn:  # exponent and mantissa in the places of bf16's, then the bias of both
-        bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(4).bitwise_and_(-0x7810)
-        return bits.view(torch.bfloat16).mul_(2.0**120)
-    if codes.dtype == torch.float8_e5m2:  # the upper byte of an fp16
-        return codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(8).view(torch.float16).to(torch.bfloat16)
-    return codes.to(torch.bfloat16)
+# fp8 dtype -> how far its exponent and mantissa move to the places of bf16's, which bits are then its own, and what makes
+# up for the difference of the biases
+_PLACES = {torch.float8_e4m3fn: (4, -0x7810, 2.0**120), torch.float8_e5m2: (5, -0x7020, 2.0**112)}
+
+
+def _narrow(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Two bf16 factors of code * scale, exact, for finite one-byte codes under powers of two (or e4m3 numbers times one).
+
+    By bits, because torch's eager conversion on a CPU takes seven times as long; and the bias goes with the scale where
+    that is one number and the product stays in range, which saves a pass.
+    """
+    narrow = scale.to(torch.bfloat16)
+    if codes.dtype not in _PLACES:
+        return codes.to(torch.bfloat16), narrow
+    shift, mask, bias = _PLACES[codes.dtype]
+    values = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(shift).bitwise_and_(mask).view(torch.bfloat16)
+    if scale.numel() == 1 and type(scale) is Tensor and 2.0**-100 < float(scale) < 2.0**7:
+        return values, narrow * bias
+    return values.mul_(bias), narrow
 
 
 def _eager_cpu(x: Tensor) -> bool:

@@ -37,7 +37,7 @@ def build(precision: str) -> tuple[Transformer, Step]:
     return model, Step(model, AdamW(model.named_parameters(), lr=1e-2), precision)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if not recipe.fake])
 def test_the_graph_keeps_codes_and_no_16_bit_copy_of_the_activation(name):
     model, linear = layer(name)
     saved: list[torch.Tensor] = []
