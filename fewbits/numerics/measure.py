@@ -100,7 +100,7 @@ def exponent_histogram(x: Tensor, lowest: int = -149, highest: int = 127) -> Exp
     wide = widen(x.detach()).flatten()
     finite, zero = wide.isfinite(), wide == 0
     inside = finite & ~zero
-    exponent = torch.frexp(torch.where(inside, wide, 1.0)).exponent.long() - 1
+    exponent = torch.frexp(wide).exponent.long() - 1  # of what is not inside: anything, and it counts 0
     counts = torch.zeros(highest - lowest + 1, dtype=torch.int64, device=x.device)
     # not bincount, which waits for the device to learn the largest index
     counts.scatter_add_(0, exponent.clamp(lowest, highest) - lowest, inside.long())

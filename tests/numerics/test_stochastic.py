@@ -59,7 +59,7 @@ def test_what_is_on_the_grid_stays(fmt, dtype):
         assert torch.equal(cast(values, fmt, "stochastic", seed=seed), values)
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp16", "fp8_e4m3", "int8"])
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16", "fp8_e4m3", "int8"])
 def test_fp64_gets_the_share_of_the_ulp_in_32_bits(name):
     """Against exact fractions: up when the share of the ulp, cut to 32 bits, and the word carry."""
     fmt = Format.parse(name)
@@ -75,6 +75,15 @@ def test_fp64_gets_the_share_of_the_ulp_in_32_bits(name):
         carried = math.floor(steps) + (share + word % 2**32 >= 2**32)
         expected.append(math.copysign(float(min(carried * ulp, Fraction(fmt.max))), value))
     assert torch.equal(cast(x, name, "stochastic", seed=3), torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["int8", "fp16"])
+def test_a_share_and_a_word_that_make_just_one_ulp_carry_and_a_2_to_32nd_less_does_not(name):
+    words = random_bits(9, (1000,)).double() % 2**32
+    share = (2.0**32 - words) / 2.0**32
+    low = 3.0 if name == "int8" else 1024.0  # where the ulp is 1
+    assert (cast(low + share, name, "stochastic", seed=9) == low + 1).all()
+    assert (cast(low + share - 2.0**-32, name, "stochastic", seed=9) == low).all()
 
 
 def test_the_same_key_gives_the_same_bits_and_another_key_others():
