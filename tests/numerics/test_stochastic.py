@@ -77,13 +77,13 @@ def test_fp64_gets_the_share_of_the_ulp_in_32_bits(name):
     assert torch.equal(cast(x, name, "stochastic", seed=3), torch.tensor(expected, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", ["int8", "fp16"])
-def test_a_share_and_a_word_that_make_just_one_ulp_carry_and_a_2_to_32nd_less_does_not(name):
-    words = random_bits(9, (1000,)).double() % 2**32
-    share = (2.0**32 - words) / 2.0**32
-    low = 3.0 if name == "int8" else 1024.0  # where the ulp is 1
+@pytest.mark.parametrize(("name", "low", "bits"), [("int8", 3.0, 32), ("fp16", 1024.0, 32), ("fp32", 2.0**23, 29)])
+def test_a_share_and_a_word_that_make_just_one_ulp_carry_and_the_next_smaller_share_does_not(name, low, bits):
+    """low: where the ulp is 1. bits: how many of an ulp fp64 has there, if fewer than the words."""
+    words = random_bits(9, (1000,)).long() % 2**32 >> (32 - bits)
+    share = (2**bits - words).double() / 2.0**bits
     assert (cast(low + share, name, "stochastic", seed=9) == low + 1).all()
-    assert (cast(low + share - 2.0**-32, name, "stochastic", seed=9) == low).all()
+    assert (cast(low + share - 2.0**-bits, name, "stochastic", seed=9) == low).all()
 
 
 def test_the_same_key_gives_the_same_bits_and_another_key_others():
