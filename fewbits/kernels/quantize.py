@@ -137,15 +137,16 @@ def _tiles(x: Tensor, granularity: Granularity, both: bool) -> _Tiles:
     square = turned or both  # equally good along both axes
     SR, all_rows = _part(rows, x.shape[0], _WIDEST)
     SC, all_columns = _part(columns, x.shape[1], _WIDEST if square else max(_WIDEST, _LONGEST // SR))
-    BN = max(SC, min(_power(x.shape[1]), 64 if square else 128))
-    BM = max(SR, min(_power(x.shape[0]), 64 if square else max(1, 8192 // BN)))
+    BN = max(SC, 64 if square else _WIDEST)  # not cut for small matrices, which would be compiled anew for each size
+    BM = max(SR, 64 if square else max(1, 8192 // BN))
     return _Tiles(BM, BN, SR, SC, (rows, columns), all_rows and all_columns)
 
 
 def _part(block: int, length: int, most: int) -> tuple[int, bool]:
     """Size of a part along an axis of that length, a power of two, and whether it spans a block."""
     if block >= length:
-        return min(_power(length), most), _power(length) <= most
+        size = min(max(_power(length), _WIDEST), most)
+        return size, length <= size
     size = min(block & -block, most)
     return size, size == block
 
@@ -192,12 +193,12 @@ def _launch(
     encode_kernel[(down * right,)](
         x, raw, raw if turned is None else turned.view(torch.uint8), scale if amax is None else amax, scale,
         _key(seed, x.device) if rounding == "stochastic" else scale,
-        *x.shape, *x.stride(), *tiles.block, granularity.grid(x.shape)[1], right, *tiles[:4],
-        FROM=source, KIND=kind, LARGEST=format.max, TOP=exponent - 1, FRACTION=limit & 0x7FFFFF,
-        MANTISSA=format.mantissa_bits, LOWEST=127 + (format.mantissa_bits if integer else format.min_exponent),
-        LIMIT=limit, INTEGER=integer, CARRIED=not integer and format.dtype is None,
-        STOCHASTIC=rounding == "stochastic", INFINITE=rounding == "stochastic" and format.has_infinity,
-        BOTH=turned is not None, num_warps=_warps(tiles),
+        *x.shape, *x.stride(), *tiles.block, granularity.grid(x.shape)[1], right,
+        format.max, exponent - 1, limit & 0x7FFFFF, format.mantissa_bits,
+        127 + (format.mantissa_bits if integer else format.min_exponent), limit, *tiles[:4],
+        FROM=source, KIND="" if source == "scale" else kind, INTEGER=integer,
+        CARRIED=not integer and format.dtype is None, STOCHASTIC=rounding == "stochastic",
+        INFINITE=rounding == "stochastic" and format.has_infinity, BOTH=turned is not None, num_warps=_warps(tiles),
     )  # fmt: skip
 
 

@@ -14,11 +14,15 @@ try:
     from triton import jit
 except ImportError:  # kernels/quantize.py says so before it comes here
 
-    def jit(function):
-        return function
+    def jit(function=None, **_options):
+        return function or jit
 
 
-@jit
+# a kernel for all formats and grids: only what lays out memory makes it compile again
+_ANY = ["block_r", "block_c", "grid_c", "tiles_c", "largest", "top", "fraction", "mantissa", "lowest", "limit"]
+
+
+@jit(do_not_specialize=_ANY[:4])
 def amax_kernel(
     x, amax, R, C, stride_r, stride_c, block_r, block_c, grid_c, tiles_c,
     BM: tl.constexpr, BN: tl.constexpr, SR: tl.constexpr, SC: tl.constexpr,
@@ -34,21 +38,21 @@ def amax_kernel(
     tl.atomic_max(amax + place, bits, mask=(rows < R)[:, None] & (columns < C)[None, :])
 
 
-@jit
+@jit(do_not_specialize=_ANY)
 def encode_kernel(
     x, codes, codes_t, amax, scale, key, R, C, stride_r, stride_c, block_r, block_c, grid_c, tiles_c,
+    largest, top, fraction, mantissa, lowest, limit,
     BM: tl.constexpr, BN: tl.constexpr, SR: tl.constexpr, SC: tl.constexpr,
-    FROM: tl.constexpr, KIND: tl.constexpr, LARGEST: tl.constexpr, TOP: tl.constexpr, FRACTION: tl.constexpr,
-    MANTISSA: tl.constexpr, LOWEST: tl.constexpr, LIMIT: tl.constexpr, INTEGER: tl.constexpr, CARRIED: tl.constexpr,
-    STOCHASTIC: tl.constexpr, INFINITE: tl.constexpr, BOTH: tl.constexpr,
+    FROM: tl.constexpr, KIND: tl.constexpr, INTEGER: tl.constexpr, CARRIED: tl.constexpr, STOCHASTIC: tl.constexpr,
+    INFINITE: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
     """Codes of x / scale as bytes, row by row and, for BOTH, column by column too.
 
+    largest: the format's, top its exponent, fraction its fraction in fp32 and limit its bits. mantissa: its mantissa bits,
+    lowest: biased fp32 exponent of its smallest normal number (an integer is a float that is always subnormal).
     FROM: where the scale comes from: "tile" (a part is a block), "amax" (bits of amax_kernel) or "scale" (given, fp32).
-    The others write it. KIND: "power-of-two" or "exact". LARGEST: the format's, TOP its exponent, FRACTION its fraction in
-    fp32 and LIMIT its bits. MANTISSA: its mantissa bits, LOWEST: biased fp32 exponent of its smallest normal number (an
-    integer is a float that is always subnormal). CARRIED: its codes are e4m3 codes of the same values. INFINITE: an
-    infinity under a given scale stays one.
+    The others write it. KIND: "power-of-two" or "exact". CARRIED: its codes are e4m3 codes of the same values. INFINITE:
+    an infinity under a given scale stays one.
     """
     program = tl.program_id(0)
     r0 = (program // tiles_c).to(tl.int64) * BM
@@ -65,7 +69,7 @@ def encode_kernel(
             bits = _part_amax(tile, BM, BN, SR, SC)
         else:
             bits = tl.load(amax + place, mask=inside, other=0)
-        value = _scale_of(bits, KIND, LARGEST, TOP, FRACTION)
+        value = _scale_of(bits, KIND, largest, top, fraction)
         first = (part_r % block_r == 0)[:, None] & (part_c % block_c == 0)[None, :]
         tl.store(scale + place, value, mask=inside & first)
     inv_scale = (1.0 / value.to(tl.float64)).to(tl.float32)
@@ -76,7 +80,7 @@ def encode_kernel(
     draws = tl.zeros((BM, BN), dtype=tl.uint32)
     if STOCHASTIC:
         draws = _random_bits(tl.load(key), rows[:, None] * C + columns[None, :])
-    out = _codes(scaled, draws, MANTISSA, LOWEST, LIMIT, INTEGER, CARRIED, STOCHASTIC, INFINITE).to(tl.uint8)
+    out = _codes(scaled, draws, mantissa, lowest, limit, INTEGER, CARRIED, STOCHASTIC, INFINITE).to(tl.uint8)
     mask = (rows < R)[:, None] & (columns < C)[None, :]
     tl.store(codes + rows[:, None] * C + columns[None, :], out, mask=mask)
     if BOTH:
@@ -101,14 +105,14 @@ def _part_amax(tile, BM: tl.constexpr, BN: tl.constexpr, SR: tl.constexpr, SC: t
 
 
 @jit
-def _scale_of(bits, KIND: tl.constexpr, LARGEST: tl.constexpr, TOP: tl.constexpr, FRACTION: tl.constexpr):
+def _scale_of(bits, KIND: tl.constexpr, largest, top, fraction):
     """Scales of numerics/scaling.py from the bits of amax; NaN where it is not finite."""
     if KIND == "power-of-two":
-        k = (bits >> 23) - 127 - TOP + ((bits & 0x7FFFFF) > FRACTION).to(tl.int32)
+        k = (bits >> 23) - 127 - top + ((bits & 0x7FFFFF) > fraction).to(tl.int32)
         k = tl.minimum(tl.maximum(k, -126), 126)
         value = ((k + 127) << 23).to(tl.float32, bitcast=True)
     else:
-        quotient = bits.to(tl.float32, bitcast=True).to(tl.float64) / LARGEST
+        quotient = bits.to(tl.float32, bitcast=True).to(tl.float64) / largest
         value = tl.where(bits == 0, 1.0, tl.maximum(quotient.to(tl.float32), 2.0**-126))
     nan = tl.full(bits.shape, 0x7FC00000, tl.int32).to(tl.float32, bitcast=True)
     return tl.where(bits < 0x7F800000, value, nan)
@@ -116,8 +120,8 @@ def _scale_of(bits, KIND: tl.constexpr, LARGEST: tl.constexpr, TOP: tl.constexpr
 
 @jit
 def _codes(
-    scaled, draws, MANTISSA: tl.constexpr, LOWEST: tl.constexpr, LIMIT: tl.constexpr, INTEGER: tl.constexpr,
-    CARRIED: tl.constexpr, STOCHASTIC: tl.constexpr, INFINITE: tl.constexpr,
+    scaled, draws, mantissa, lowest, limit,
+    INTEGER: tl.constexpr, CARRIED: tl.constexpr, STOCHASTIC: tl.constexpr, INFINITE: tl.constexpr,
 ):  # fmt: skip
     """Codes, int32 in the lowest 8 bits, of fp32 values: saturated, rounded once.
 
@@ -128,10 +132,10 @@ def _codes(
     magnitude = bits & 0x7FFFFFFF
     is_nan = magnitude > 0x7F800000
     is_infinite = magnitude == 0x7F800000
-    magnitude = tl.minimum(magnitude, LIMIT)
+    magnitude = tl.minimum(magnitude, limit)
     significand = (magnitude & 0x7FFFFF) | 0x800000
-    binade = tl.maximum(magnitude >> 23, LOWEST)
-    shift = 23 - MANTISSA + binade - (magnitude >> 23)
+    binade = tl.maximum(magnitude >> 23, lowest)
+    shift = 23 - mantissa + binade - (magnitude >> 23)
     if STOCHASTIC:
         whole = _stochastic(significand, shift, draws)
     else:
@@ -141,12 +145,12 @@ def _codes(
     if INTEGER:
         return tl.where(is_nan, 0, tl.where(negative, -whole, whole)) & 0xFF
     if CARRIED:
-        value = whole.to(tl.float32) * ((binade - MANTISSA) << 23).to(tl.float32, bitcast=True)  # exact
+        value = whole.to(tl.float32) * ((binade - mantissa) << 23).to(tl.float32, bitcast=True)  # exact
         magnitude = value.to(tl.int32, bitcast=True)
         # zero is the only value here that e4m3 has no normal number for
         code = tl.where(magnitude == 0, 0, ((magnitude >> 23) - 120 << 3) | ((magnitude >> 20) & 7))
     else:
-        code = ((binade - LOWEST) << MANTISSA) + whole
+        code = ((binade - lowest) << mantissa) + whole
     if INFINITE:
         code = tl.where(is_infinite, code + 1, code)
     return tl.where(is_nan, 0x7F, code | tl.where(negative, 0x80, 0))
