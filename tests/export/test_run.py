@@ -13,9 +13,12 @@ import fewbits
 from fewbits.checkpoint.load import load_checkpoint
 from fewbits.checkpoint.save import save_model
 from fewbits.cli.main import run
+from fewbits.data.corpus import open_corpus
+from fewbits.data.tokens import TokenStore
 from fewbits.export.measured import measure, paired_difference
+from fewbits.export.quantized import quantize_model
 from fewbits.nn.packed import packed_layers
-from fewbits.train.evaluate import evaluate_run
+from fewbits.train.evaluate import evaluate_run, run_config
 
 TRAIN = (
     "train --tokenizer bytes --max_steps 30 --warmup_steps 2 --lr 1e-2 --batch_size 8 --context 32 --n_layer 2 --n_embd 32 "
@@ -109,6 +112,22 @@ def test_the_document_says_what_was_measured(trained, tmp_path, capsys):
     assert "--method gptq" in document["command"] and "--act_order" not in document["command"]
     for words in ("blocks.0.attention.qkv", "held-out loss", "weights on disk", "next token: F1", "kept"):
         assert words in printed
+
+
+def test_calibration_reads_the_training_part_and_never_the_held_out_one(trained, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(model, options, batches):
+        seen.extend(batches)
+        return quantize_model(model, options, batches)
+
+    monkeypatch.setattr("fewbits.export.run.quantize_model", spy)
+    assert quantize(trained, tmp_path / "small", "--format", "int4", "--method", "gptq") == 0
+    config = run_config(trained)
+    store = TokenStore.open_or_build(open_corpus(config.data.data), fewbits.load(trained)[1])
+    train, val = (bytes(bytearray(int(i) % 256 for i in part)) for part in (store.train, store.val))
+    rows = [bytes(bytearray(int(i) % 256 for i in row)) for batch in seen for row in batch["input_ids"]]
+    assert len(rows) >= 8 and all(row in train and row not in val for row in rows)
 
 
 def test_the_difference_is_paired_by_batch():
