@@ -1,6 +1,6 @@
 """Held-out loss of precisions against a reference, paired by seed: trainings side by side, judged as `compare` does.
 
-    python bench/verdicts.py --precisions bf16-mixed,fp8,fp8-row --seeds 5 --workers 8 [--name NAME] [-- OPTIONS]
+    python bench/verdicts.py --precisions bf16-mixed,fp8,fp8-row --seeds 5 --workers 8 [--name NAME] [OPTIONS]
 
 OPTIONS are those of `fewbits train`.
 
@@ -39,7 +39,8 @@ def train(task: tuple[str, int], recipe: str, options: list[str], threads: int, 
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     path = run / "summary.json"
     summary = json.loads(path.read_text()) if path.exists() else {"status": "crashed", "reason": done.stderr[-500:]}
-    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").open()] if path.exists() else []
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").open()] if path.exists() else []
+    losses = [entry["loss"] for entry in logged if "loss" in entry]
     entry = {"variant": precision, "seed": seed, **{key: summary.get(key) for key in KEPT}, "train_losses": losses}
     print(
         f"{precision:12s} seed {seed}: {entry['status']} {entry['val_loss']}  ({time.time() - began:.0f} s)", flush=True
@@ -61,8 +62,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--margin", type=float, default=0.005)
     parser.add_argument("--name", default="verdicts")
-    parser.add_argument("options", nargs="*")
-    a = parser.parse_args()
+    a, a.options = parser.parse_known_args()
     path = Path(os.environ.get("OUT") or ROOT / "bench" / "results") / f"{a.name}.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     runs = [run for run in before.get("runs", []) if run["status"] != "crashed"]

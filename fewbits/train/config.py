@@ -134,7 +134,7 @@ class Config:
     precision: str = "auto"
     """fp32, tf32, bf16-mixed, fp16-mixed, bf16-true, fp16-true, fp64, or few bits (fp8, fp8-row, fp8-block, mxfp8, nvfp4, int8, int8-qat, int4-qat, binary-qat, fp8-qat), with overrides such as `bf16-mixed, master=fp32`, or a recipe such as `output=e4m3/row, grad_input=e5m2/tensor`; auto takes the fastest of fp32, tf32 and 16 bits here."""  # noqa: E501
     keep: str = ""
-    """Modules that stay out of the recipe (without one: out of the 16-bit format, in fp32), by name patterns between commas: `lm_head,blocks.0.*`; `blocks.3=fp32` stores one in a format of its own."""  # noqa: E501
+    """Modules that stay out of the recipe (without one: in fp32), by name patterns between commas: `head,blocks.0.*`; `blocks.3=fp32` stores one in a format of its own."""  # noqa: E501
     model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=0))
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
