@@ -80,7 +80,13 @@ class Session:
             compiled, why = compile_choice(device)
             self.note("compile", Choice(compiled, f"the same for every variant; {why}"))
         train = replace(
-            config.train, device=str(device), compile=compiled, sample_every=0, keep=1, out_dir="", stop_at=0
+            config.train,
+            device=str(device),
+            compile=compiled,
+            sample_every=0,
+            keep_checkpoints=1,
+            out_dir="",
+            stop_at=0,
         )
         precision = config.precision
         if precision == "auto" and self.variants.key != "precision":

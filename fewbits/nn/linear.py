@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from fewbits.kernels.dispatch import emulated
 from fewbits.nn.fake import LEARNED, fake_linear, hold_fake
-from fewbits.nn.lowbit import HeldWeight, ScaleHistory, lowbit_linear
+from fewbits.nn.lowbit import HeldWeight, ScaleHistory, hold, lowbit_linear, recipe_of
 from fewbits.numerics.keys import current_key
 from fewbits.numerics.matmul import emulated_linear
 
@@ -59,9 +57,9 @@ class Linear(nn.Linear):
         largest, maxima = (None, None) if history is None else (history.largest, history.maxima)
         return lowbit_linear(x, self.weight, self.bias, *held, key, largest, maxima, self.recipe)
 
-    def hold(self, quantizer: Callable[..., HeldWeight]) -> HeldWeight:
-        """The codes of the weight as it is now; `quantizer` makes those of recipes that are not fake."""
+    def hold(self) -> HeldWeight:
+        """The codes of the weight as it is now."""
         if self.fake:
             return hold_fake(self.weight, getattr(self, LEARNED, None), self.recipe)
         known = (None, None) if self.history is None else (self.history.largest, self.history.maxima)
-        return quantizer(self.weight, self.recipe, *known)
+        return hold(self.weight, recipe_of(self.recipe), *known)

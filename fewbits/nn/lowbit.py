@@ -74,6 +74,7 @@ def _alike(a: Operand, b: Operand) -> bool:
     return same and not (a.hadamard or b.hadamard)
 
 
+@torch.no_grad()
 def hold(weight: Tensor, recipe: Recipe, scales: Tensor | None = None, maxima: Tensor | None = None) -> HeldWeight:
     """The codes of a weight [O, K] for a recipe. scales, maxima: for delayed scaling, see `ScaleHistory`."""
     weight, draw = weight.detach(), _Draw(None, scales, maxima)
@@ -272,12 +273,11 @@ def held_weights(model: nn.Module) -> Iterator[None]:
     """Within, every low-bit layer of `model` multiplies the codes that its weight has now: quantized once, for all
     micro-batches. Nothing may change a weight meanwhile; afterwards codes are made at every call again."""
     layers: list[Any] = [module for module in model.modules() if getattr(module, "recipe", "")]
-    quantizer: Callable[..., HeldWeight] = getattr(model, "fewbits_hold", None) or hold_text
     try:
         for layer in layers:
             if layer.history is not None:
                 layer.history.begin(layer.weight.device)
-            layer.held = layer.hold(quantizer)
+            layer.held = layer.hold()
         yield
         for layer in layers:
             if layer.history is not None:
@@ -285,12 +285,6 @@ def held_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.held = None
-
-
-@torch.no_grad()
-def hold_text(weight: Tensor, recipe: str, scales: Tensor | None, maxima: Tensor | None) -> HeldWeight:
-    """`hold` for the canonical text of a recipe."""
-    return hold(weight, recipe_of(recipe), scales, maxima)
 
 
 def scale_history(model: nn.Module) -> dict[str, list[list[float]]]:

@@ -33,7 +33,7 @@ RENAMES = {
     "logging_steps": "train.log_every",
     "eval_steps": "train.eval_every",
     "save_steps": "train.save_every",
-    "save_total_limit": "train.keep",
+    "save_total_limit": "train.keep_checkpoints",
     "output_dir": "train.out_dir",
     "torch_compile": "train.compile",
     "full_determinism": "train.deterministic",

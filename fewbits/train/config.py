@@ -20,6 +20,7 @@ from fewbits.precision.precision import Precision
 from fewbits.train.fields import Option, limits, options_of
 
 SCHEMA = 1  # of config.toml; a file without it (a recipe written by hand) is read as the newest
+_RENAMED = {"train.keep": "train.keep_checkpoints"}  # what config.toml of earlier runs says -> what it means
 LARGEST_STEP = 2**31  # tokens in one step; beyond, a size is a slip of the finger
 LARGEST_MODEL = 2 * 10**11  # parameters; one device holds none larger
 
@@ -119,7 +120,7 @@ class TrainConfig:
     """Text that a sample continues; empty starts from the end-of-text token."""
     save_every: int = 250
     """Steps between two checkpoints; 0 saves at the end only."""
-    keep: int = field(default=2, metadata=limits(1))
+    keep_checkpoints: int = field(default=2, metadata=limits(1))
     """Newest checkpoints that are kept."""
     save_dtype: Literal["", "bf16", "fp16"] = ""
     """Format of the saved weights; empty saves the exact ones."""
@@ -132,7 +133,7 @@ class Config:
     name: str = "custom"
     """Name of the run in reports, and of its directory under runs/."""
     precision: str = "auto"
-    """fp32, tf32, bf16-mixed, fp16-mixed, bf16-true, fp16-true, fp64, or few bits (fp8, fp8-row, fp8-block, mxfp8, nvfp4, int8, int8-qat, int4-qat, binary-qat, fp8-qat), with overrides such as `bf16-mixed, master=fp32`, or a recipe such as `output=e4m3/row, grad_input=e5m2/tensor`; auto takes the fastest of fp32, tf32 and 16 bits here."""  # noqa: E501
+    """A name such as bf16-mixed, fp16-mixed, fp8, nvfp4 or int4-qat, with overrides (`bf16-mixed, master=fp32`), or a recipe (`output=e4m3/row`); auto takes the fastest of fp32, tf32 and 16 bits."""  # noqa: E501
     keep: str = ""
     """Modules that stay out of the recipe (without one: in fp32), by name patterns between commas: `head,blocks.0.*`; `blocks.3=fp32` stores one in a format of its own."""  # noqa: E501
     model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=0))
@@ -310,6 +311,7 @@ def _precision_table(table: Mapping[str, Any]) -> str:
 
 def _take(config: Config, name: str, value: Any) -> Config:
     """`config` with the dotted `name` set to a value of a TOML document."""
+    name = _RENAMED.get(name, name)
     option = options().get(name)
     if option is None or isinstance(value, Mapping):
         known = [*options(), *short_names()]

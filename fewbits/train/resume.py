@@ -18,7 +18,7 @@ from fewbits.train.rundir import refuse_small, run_of
 
 # What moves no weight, or only says how far to go. Everything else stays what it was when the run began.
 FREE = {"out_dir", "max_steps", "stop_at", "log_every", "eval_every", "eval_batches", "sample_every", "sample_tokens"}
-FREE |= {"prompt", "save_every", "keep", "save_dtype", "device", "compile", "deterministic"}
+FREE |= {"prompt", "save_every", "keep_checkpoints", "save_dtype", "device", "compile", "deterministic"}
 FREE = {f"train.{name}" for name in FREE} | {"name", "data.cache", "precision"}
 
 

@@ -363,7 +363,11 @@ class Run:
         config = self.config.train
         state = collect(self.training, self._progress())
         self.saved = save_checkpoint(
-            self.folder / "checkpoints", self.done, **state, keep=config.keep, save_dtype=config.save_dtype or None
+            self.folder / "checkpoints",
+            self.done,
+            **state,
+            keep=config.keep_checkpoints,
+            save_dtype=config.save_dtype or None,
         )
         self.record.event("save", self.done, path=str(self.saved))
 

@@ -137,7 +137,7 @@ def test_the_config_of_a_run_repeats_it_in_a_new_directory(trained, tmp_path, mo
         (["train", "--n_embd", "524288", "--n_head", "4"], "parameters"),
         (["train", "--batch_size", "1000000", "--device", "cpu"], "GiB"),
         (["train", "--precision", "bf16-mixd"], "Did you mean 'bf16-mixed'"),
-        (["train", "--precision", "fp8"], "fp8"),
+        (["train", "--precision", "fp9"], "Did you mean"),
         (["train", "nano", "--config", "x.toml"], "Keep one"),
         (["train", "notes.txt"], "--data notes.txt"),
         (["train", "a", "b"], "extra argument"),
@@ -171,10 +171,10 @@ def test_resume_takes_the_config_of_the_run_and_the_options_given_beside_it(trai
     (tmp_path / "config.toml").write_text(text, encoding="utf-8")
     checkpoint = tmp_path / "checkpoints" / "step-00000100"
     checkpoint.mkdir(parents=True)
-    assert run(["train", "--resume", str(tmp_path), "--keep", "7"]) == 0
+    assert run(["train", "--resume", str(tmp_path), "--keep_checkpoints", "7"]) == 0
     assert run(["train", "--resume", str(checkpoint)]) == 0
     (config, resume), (_, exact) = trained
-    assert (config.train.seed, config.train.keep) == (9, 7)
+    assert (config.train.seed, config.train.keep_checkpoints) == (9, 7)
     assert (resume, exact) == (tmp_path, checkpoint)
     capsys.readouterr()
     assert "leave out 'nano'" in refused(capsys, "train", "nano", "--resume", str(tmp_path))

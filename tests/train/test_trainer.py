@@ -57,7 +57,7 @@ def _assert_same_end(a: Path, b: Path) -> None:
 
 
 def test_a_run_leaves_what_it_promises(tiny: Make, tmp_path: Path) -> None:
-    summary = train(tiny(eval_every=3, sample_every=3, save_every=3, keep=2), quiet=True)
+    summary = train(tiny(eval_every=3, sample_every=3, save_every=3, keep_checkpoints=2), quiet=True)
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} >= {"config.toml", "metrics.jsonl", "summary.json", "checkpoints"}
     assert json.loads((run / "summary.json").read_text()) == json.loads(json.dumps({"schema": 1, **summary}))
