@@ -17,7 +17,7 @@ from fewbits.formats import Format
 from fewbits.kernels import dispatch
 from fewbits.kernels import quantize as kernel
 from fewbits.kernels.matmul import BLOCK, SQUARE, block_execution, native_kind, scaled_matmul
-from fewbits.nn.lowbit import held_weights, hold_text
+from fewbits.nn.lowbit import held_weights, hold
 from fewbits.numerics import quantize as definition
 from fewbits.numerics.quantize import Quantized
 from fewbits.numerics.scaling import Granularity
@@ -356,16 +356,17 @@ def test_2n_steps_equal_n_save_load_n_bit_for_bit(deterministic, name, compiled)
 
 
 @pytest.mark.parametrize("name", ["fp8", "fp8-row", "fp8-block", "int8"])
-def test_a_weight_is_quantized_once_a_step_and_its_codes_are_never_older(name):
+def test_a_weight_is_quantized_once_a_step_and_its_codes_are_never_older(name, monkeypatch):
     model, step = build(name)
     layers = [m for m in model.modules() if getattr(m, "recipe", "")]
     counted: list[int] = []
 
-    def hold(weight, recipe, *known):
+    def counting(weight, *rest):
         counted.append(id(weight))
-        return hold_text(weight, recipe, *known)
+        return hold(weight, *rest)
 
-    model.fewbits_hold = hold
+    for place in ("fewbits.nn.linear.hold", "fewbits.nn.lowbit.hold"):
+        monkeypatch.setattr(place, counting)
     for i in range(3):
         counted.clear()
         step([batch(2 * i), batch(2 * i + 1)])

@@ -10,7 +10,7 @@ import torch
 import fewbits
 from fewbits import AdamW, ModelConfig, Step, Transformer
 from fewbits.nn.linear import Linear
-from fewbits.nn.lowbit import held_weights, hold_text
+from fewbits.nn.lowbit import held_weights, hold, recipe_of
 from fewbits.precision.recipe import RECIPES
 
 CONFIG = ModelConfig(
@@ -71,24 +71,22 @@ def test_the_gradients_are_those_of_the_exact_layer_up_to_the_format(name):
         assert float((found.detach().double() - wanted).norm()) < 2.0**-3 * float(wanted.norm())
 
 
-class Counted:
-    """A quantizer of weights that notes what it was given."""
-
-    def __init__(self) -> None:
-        self.weights: list[int] = []
-
-    def __call__(self, weight: torch.Tensor, recipe: str, *known: Any) -> Any:
-        self.weights.append(id(weight))
-        return hold_text(weight, recipe, *known)
-
-
-def test_a_weight_is_quantized_once_a_step_whatever_the_number_of_micro_batches():
+def test_a_weight_is_quantized_once_a_step_whatever_the_number_of_micro_batches(monkeypatch):
     model, step = build("fp8")
-    counted = Counted()
-    model.fewbits_hold = counted
+    counted: list[int] = []
+
+    def counting(weight: torch.Tensor, *rest: Any) -> Any:
+        counted.append(id(weight))
+        return hold(weight, *rest)
+
+    for place in (
+        "fewbits.nn.linear.hold",
+        "fewbits.nn.lowbit.hold",
+    ):  # by the step, and by a layer that finds nothing held
+        monkeypatch.setattr(place, counting)
     layers = [m for m in model.modules() if getattr(m, "recipe", "")]
     step([batch(0), batch(1), batch(2)])
-    assert sorted(counted.weights) == sorted(id(m.weight) for m in layers)
+    assert sorted(counted) == sorted(id(m.weight) for m in layers)
     assert all(m.held is None for m in layers)
 
 
@@ -100,7 +98,7 @@ def test_held_codes_are_never_older_than_the_weight():
         step([batch(i)])
         with held_weights(model):
             for module in layers:
-                fresh = hold_text(module.weight, module.recipe, None, None)
+                fresh = hold(module.weight, recipe_of(module.recipe))
                 assert torch.equal(module.held.output_codes.float(), fresh.output_codes.float())
                 assert torch.equal(module.held.output_scale, fresh.output_scale)
     assert not any(torch.equal(m.weight, old) for m, old in zip(layers, before, strict=True))
