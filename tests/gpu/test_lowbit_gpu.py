@@ -278,7 +278,10 @@ def test_compiled_layers_multiply_the_codes_of_eager_ones(name):
         assert float((eager.double() - other.double()).norm()) <= 2.0**-8 * float(eager.double().norm())
 
 
-@pytest.mark.parametrize(("name", "compiled"), [*((n, False) for n in RECIPES), *((n, True) for n in FAST)])
+KEEPING = [name for name, recipe in RECIPES.items() if not recipe.fake]  # qat multiplies 16-bit activations backward
+
+
+@pytest.mark.parametrize(("name", "compiled"), [*((n, False) for n in KEEPING), *((n, True) for n in FAST)])
 def test_the_graph_keeps_codes_and_no_16_bit_copy_of_the_activation(name, compiled):
     model = fewbits.prepare(torch.nn.Sequential(torch.nn.Linear(128, 256, bias=False)), name).cuda()
     run = torch.compile(model, dynamic=False) if compiled else model
