@@ -4,7 +4,7 @@
 |------------------------------|-------------------------------------|--------------------------------------------------|
 | int4, int8                   | compressed-tensors, pack-quantized  | weight_packed int32, weight_scale, weight_shape  |
 | int8 with int8 activations   | compressed-tensors, int-quantized   | weight int8 [O, K], weight_scale                 |
-| fp8_e4m3                     | compressed-tensors, float-quantized | weight float8 [O, K], weight_scale               |
+| fp8_e4m3, any activations    | compressed-tensors, float-quantized | weight float8 [O, K], weight_scale               |
 | other formats (fp4, binary)  | fewbits, packed                     | weight_packed uint8, weight_scale                |
 
 weight_packed int32 holds `integer + 2**(bits - 1)`, the first in the lowest bits, rows filled up to whole words: as bytes
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fewbits.errors import FewbitsError
 from fewbits.formats import Format
-from fewbits.nn.packed import Scheme
+from fewbits.nn.packed import Activations, Scheme
 from fewbits.numerics.affine import packed_width
 
 METHOD, OWN = "compressed-tensors", "fewbits"
@@ -48,7 +48,7 @@ def quantization_config(scheme: Scheme, ignored: Sequence[str]) -> dict[str, Any
         "group_size": int(group) if group else None,
         "dynamic": False,
     }
-    activations = {**kind, "strategy": "token", "dynamic": True} if scheme.activations == "int8" else None
+    activations = {**kind, "strategy": "token", "dynamic": True} if scheme.activations != "none" else None
     return {
         "quant_method": METHOD,
         "format": layout,
@@ -89,10 +89,13 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme:
             "reads symmetric int4, int8 and fp8 with one scale a row or a group of a row."
         )
     dynamic = isinstance(inputs, Mapping) and inputs.get("dynamic") is True and inputs.get("strategy") == "token"
-    if inputs is not None and not (dynamic and inputs.get("num_bits") == 8 and inputs.get("type") == "int"):
-        raise FewbitsError("The activations are quantized; fewbits reads int8 activations with a scale a token only.")
+    activations: Activations = "none"
+    if isinstance(inputs, Mapping) and dynamic and inputs.get("num_bits") == 8:
+        activations = "fp8" if inputs.get("type") == "float" else "int8"
+    elif inputs is not None:
+        raise FewbitsError("The activations are quantized; fewbits reads int8 and fp8 ones with a scale a token only.")
     granularity = f"group:{weights['group_size']}" if strategy == "group" else "row"
-    scheme = Scheme(Format.parse(name), granularity, "int8" if inputs is not None else "none").check()
+    scheme = Scheme(Format.parse(name), granularity, activations).check()
     if (layout := config.get("format")) not in ("pack-quantized", "int-quantized", "float-quantized"):
         raise FewbitsError(f"config.json says format {layout!r}, which fewbits does not read.")
     return scheme

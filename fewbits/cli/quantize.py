@@ -12,8 +12,9 @@ from fewbits.cli.console import find_model, make_console
 @click.command(name="quantize")
 @click.argument("run", metavar="RUN|CHECKPOINT|HF-FOLDER")
 @click.option(
-    "--format", "format", metavar="FORMAT", default="int8", show_default=True,
-    help="fp16 and bf16 (a plain smaller checkpoint), int8, int4, fp8, fp4 or binary.",
+    "--format", "format", metavar="FORMAT", default="auto", show_default=True,
+    help="auto: what a -qat run was trained for, else int8; fp16 and bf16 (a plain smaller checkpoint), int8, int4, fp8, "
+    "fp4 or binary.",
 )  # fmt: skip
 @click.option(
     "--method", metavar="METHOD", default="nearest", show_default=True,
@@ -26,7 +27,7 @@ from fewbits.cli.console import find_model, make_console
 @click.option("--calibrate", metavar="CORPUS", help="Text for gptq and awq. [the training part of the run's own]")
 @click.option(
     "--activations", metavar="FORMAT", default="none", show_default=True,
-    help="none, or int8: with --format int8, multiply in integers, one scale a token.",
+    help="none, or with weights of the same format int8 (multiply in integers) or fp8: one scale a token.",
 )  # fmt: skip
 @click.option("--out", metavar="DIR", help="Where to write. [beside RUN, such as RUN-int4-gptq]")
 @click.option(
@@ -62,6 +63,7 @@ def quantize(
     folder = find_model(run)
     from fewbits.export.options import QuantizeOptions
     from fewbits.export.run import default_out, quantize_run
+    from fewbits.export.trained import options_for
     from fewbits.report.html import quantized_page
     from fewbits.report.terminal import quantized_tables
 
@@ -69,6 +71,7 @@ def quantize(
         format=format, method=method, granularity=granularity, activations=activations, dtype=dtype, act_order=act_order,
         keep=tuple(part.strip() for part in keep.split(",") if part.strip()),
     )  # fmt: skip
+    options = options_for(folder, options)
     target = Path(out) if out else default_out(folder, options.check())
     console = make_console()
     small = quantize_run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import cast, get_args
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from fewbits.numerics.scaling import Granularity
 
 # what people type -> the format
 FORMATS = {
+    "auto": "int8",
     "fp16": "fp16",
     "bf16": "bf16",
     "int8": "int8",
@@ -39,14 +41,14 @@ ROW, GROUPS = "row", (128, 64, 32, 16)
 class QuantizeOptions:
     """How to make a model small. Texts as on the command line."""
 
-    format: str = "int8"
-    """fp16, bf16, int8, int4, fp8, fp4 or binary."""
+    format: str = "auto"
+    """auto (what a run was trained for, else int8), fp16, bf16, int8, int4, fp8, fp4 or binary."""
     method: str = "nearest"
     """nearest, mse, gptq or awq."""
     granularity: str = "auto"
     """row, or group:N; auto is row for 8 bits and binary, the widest of group:128 .. group:16 that fits for 4."""
     activations: str = "none"
-    """none, or int8: multiply in integers."""
+    """none, int8 (multiply in integers) or fp8, with weights in the same format."""
     keep: tuple[str, ...] = ("head",)
     """Name patterns of linear layers that stay as they are. Embeddings, norms and biases always do."""
     dtype: str = "bf16"
@@ -69,7 +71,7 @@ class QuantizeOptions:
         for what, value, known in (
             ("format", self.format, FORMATS),
             ("method", self.method, METHODS),
-            ("activations", self.activations, ("none", "int8")),
+            ("activations", self.activations, get_args(Activations)),
             ("dtype", self.dtype, DTYPES),
         ):
             if value not in known:
@@ -117,9 +119,12 @@ class QuantizeOptions:
 
     def _scheme(self, granularity: str) -> Scheme:
         shared = Granularity.parse(granularity)
-        granularity = f"group:{shared.columns}" if shared.columns else ROW
-        activations: Activations = "int8" if self.activations == "int8" else "none"
-        return Scheme(self.number_format, granularity, activations).check()
+        return Scheme(self.number_format, granularity_text(shared), cast(Activations, self.activations)).check()
+
+
+def granularity_text(granularity: Granularity) -> str:
+    """row, or group:N for blocks of a row: as a scheme says it."""
+    return f"group:{granularity.columns}" if granularity.columns else ROW
 
 
 def linear_layers(model: nn.Module, keep: Iterable[str]) -> tuple[dict[str, nn.Linear], list[str]]:

@@ -126,7 +126,9 @@ class _Worker:
         if self.options.method == "awq":
             row["alpha"] = factors.alpha
         before = weight.numel() * layer.weight.element_size() + (0 if layer.bias is None else layer.bias.nbytes)
-        self.rows.append({**row, **_errors(original, effective, inputs), "bytes": packed.bytes, "bytes_before": before})
+        self.rows.append(
+            {**row, **weight_errors(original, effective, inputs), "bytes": packed.bytes, "bytes_before": before}
+        )
 
     def _method(self, inputs: Inputs | None) -> str:
         return self.options.method if inputs is not None or not self.options.calibrated else "mse"
@@ -142,7 +144,7 @@ class _Worker:
         return round_weight(weight, scale, format)
 
 
-def _errors(original: Tensor, effective: Tensor, inputs: Inputs | None) -> dict[str, float | None]:
+def weight_errors(original: Tensor, effective: Tensor, inputs: Inputs | None) -> dict[str, float | None]:
     """sqnr_db and cosine of a weight; output_sqnr_db, over the inputs of the layer, where they are known. None where there
     is no noise, or no signal."""
     output = None

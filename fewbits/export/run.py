@@ -26,6 +26,7 @@ from fewbits.errors import FewbitsError
 from fewbits.export.measured import generation_speed, measure, paired_difference
 from fewbits.export.options import DTYPES, QuantizeOptions
 from fewbits.export.quantized import Quantization, quantize_model, refuse_not_finite
+from fewbits.export.trained import build_trained, options_for, pack_trained, trained_precision
 from fewbits.kernels.dispatch import int8_execution
 from fewbits.nn.transformer import Transformer
 from fewbits.precision.precision import Precision
@@ -93,9 +94,14 @@ def quantize_run(
     corpus to measure on; None takes the held-out part of the run's own. out: checked, not written.
 
     Raises FewbitsError, before any work, for options that do not fit, a source that is quantized already or holds weights
-    that are not finite, a corpus that is empty or too short, or an `out` that is there.
+    that are not finite, a corpus that is empty or too short, or an `out` that is there. A run that was trained for a
+    quantized checkpoint (int4-qat and so on) becomes the codes that it was trained with; "before" is then that model.
     """
-    source, options = Path(source), options.check()
+    source = Path(source)
+    options = options_for(source, options).check()
+    trained = trained_precision(source)
+    if trained is not None and calibrate is not None:
+        raise FewbitsError(f"{source} was trained in {trained}: its scales are known. Leave --calibrate out.")
     if out is not None:
         check_new(out)
     place = torch.device(choose_device(device).value)
@@ -104,17 +110,21 @@ def quantize_run(
         raise FewbitsError(
             f"{source} is quantized already ({scheme}). Quantize the checkpoint that it was made from instead."
         )
-    before = build_model(stored)
+    before = build_model(stored) if trained is None else build_trained(source, stored, trained)
     refuse_not_finite(before)
     named = (stored.folder / "tokenizer.json").is_file()
     tokenizer = Tokenizer.load(stored.folder) if named else None
     texts = _Texts(source, before, tokenizer, calibrate, data, options)
+    if trained is not None:
+        texts.notes.append(
+            f"Before is the model as it was trained, in {trained}: it multiplies the same rounded values."
+        )
     held_out = texts.held_out(eval_batches)
     before.to(place)
     with torch_switches(Precision.parse("fp32"), place):
         after = copy.deepcopy(before)
         say("quantizing")
-        done = _make_small(after, options, texts)
+        done = _make_small(after, options, texts) if trained is None else pack_trained(after)
         say(f"measuring on {len(held_out)} batches of {texts.measured_on}")
         document = _document(source, stored, options, done, texts, place)
         document |= _measured(before, after, held_out, tokenizer, options)

@@ -13,12 +13,14 @@ from fewbits.errors import FewbitsError
 from fewbits.formats import Format
 from fewbits.kernels.dispatch import int8_execution
 from fewbits.kernels.int8_matmul import int8_matmul
+from fewbits.kernels.matmul import ROW, scaled_matmul
 from fewbits.nn.linear import linear
 from fewbits.numerics.affine import group_width, grouped, pack, packed_width, unpack
+from fewbits.numerics.quantize import Quantized, quantize
 
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-Activations = Literal["none", "int8"]
+Activations = Literal["none", "int8", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Scheme:
     granularity: str
     """"row" or "group:N", what shares one scale."""
     activations: Activations = "none"
-    """"int8": what enters a packed layer is rounded to int8 with one scale a token, and multiplied in integers."""
+    """What enters a packed layer is rounded with one scale a token: "int8", multiplied in integers, or "fp8" (e4m3)."""
 
     def __str__(self) -> str:
         activations = "" if self.activations == "none" else f", activations {self.activations}"
@@ -37,10 +39,11 @@ class Scheme:
 
     def check(self) -> Scheme:
         """Itself. Raises FewbitsError for integers that cannot be multiplied: other formats, scales inside a row."""
-        if self.activations != "none" and (self.format.name != "int8" or self.granularity != "row"):
+        partner = {"int8": "int8", "fp8": "fp8_e4m3"}.get(self.activations, self.format.name)
+        if self.activations != "none" and (self.format.name != partner or self.granularity != "row"):
             raise FewbitsError(
-                f"Activations in int8 multiply int8 weights with one scale a row, not {self.format} {self.granularity}. "
-                "Use format int8 with granularity row, or activations none."
+                f"Activations in {self.activations} multiply {self.activations} weights with one scale a row, not "
+                f"{self.format} {self.granularity}. Use format {self.activations} with granularity row, or activations none."
             )
         return self
 
@@ -61,6 +64,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self._powers: bool | None = None
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     @staticmethod
@@ -86,6 +90,8 @@ class PackedLinear(nn.Module):
         """x [..., K] -> [..., O] in the dtype of the scale."""
         if self.scheme.activations == "int8":
             return self._multiply_integers(x)
+        if self.scheme.activations == "fp8":
+            return self._multiply_fp8(x)
         return linear(x, self.weight, self.bias)
 
     def _multiply_integers(self, x: Tensor) -> Tensor:
@@ -108,6 +114,16 @@ class PackedLinear(nn.Module):
         if self.bias is not None:
             y_NO.add_(self.bias.float())
         return y_NO.to(dtype).view(*x.shape[:-1], self.out_features)
+
+    def _multiply_fp8(self, x: Tensor) -> Tensor:
+        """x rounded to e4m3 with one scale a token, a power of two; products and sums as in training."""
+        fmt, dtype = self.scheme.format, self.scale.dtype
+        if self._powers is None:  # then code * scale is exact in bf16; asked once, because it waits for the device
+            self._powers = bool((torch.frexp(self.scale.float()).mantissa == 0.5).all())
+        codes = self.codes.view(torch.float8_e4m3fn)
+        right = Quantized(codes, self.scale.float(), fmt, ROW, "power-of-two" if self._powers else "exact")
+        left = quantize(x.reshape(-1, x.shape[-1]).to(dtype), fmt, ROW)
+        return scaled_matmul(left, right, "fp32", dtype, self.bias).view(*x.shape[:-1], self.out_features)
 
     def _values(self) -> Tensor:
         """The decoded codes [O, K] in the dtype of the scale: one look-up a byte, whatever number of codes it holds.

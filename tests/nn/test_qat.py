@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 import fewbits
 from fewbits.errors import FewbitsError
-from fewbits.export.convert import convert, fake_layers, use
+from fewbits.export.trained import convert, fake_layers, pack_trained, scheme_of
+from fewbits.kernels.dispatch import replay
 from fewbits.nn.fake import fake_linear, learned_scales, quantized_weight
+from fewbits.nn.packed import PackedLinear, packed_layers
 from fewbits.numerics.fake import fake_quantize
 from fewbits.numerics.quantize import quantize
 from fewbits.precision.precision import Precision
@@ -177,17 +179,50 @@ def test_the_codes_of_a_step_are_made_once_for_all_micro_batches(monkeypatch: py
     assert len(made) == len(fake_layers(model)) == 8
 
 
+@pytest.fixture
+def integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides multiply int8 in integers, whatever a timing would choose here."""
+    import fewbits.kernels.dispatch as dispatch
+
+    monkeypatch.setattr(dispatch, "_choices", dict(dispatch._choices))
+    replay({name: ["native", "a test"] for name in ("int8 on cpu", "bf16 on cpu")})
+    replay({"int8 against bf16 on cpu": ["integers", "a test"]})
+
+
 @pytest.mark.parametrize("text", [*QAT, *LEARNED])
-def test_a_converted_model_gives_the_logits_of_the_fake_quantized_one(text: str) -> None:
+def test_a_converted_model_gives_the_logits_of_the_fake_quantized_one(text: str, integers: None) -> None:
     model = trained(text).eval()
     ids = batch(9)["input_ids"]
     with torch.no_grad():
         fake = model(ids)
         codes = convert(model)
-        real = use(model, codes)(ids)
+        done = pack_trained(model)
+        real = model(ids)
     assert {q.codes.dtype for q in codes.values()} <= {torch.int8, torch.float8_e4m3fn}
-    assert torch.equal(fake, real)  # the same codes, scales and products: no rounding lies between
+    packed = packed_layers(model)
+    assert set(packed) == set(codes) and len(done.layers) == 8 and not fake_layers(model)
+    for name, layer in packed.items():
+        assert torch.equal(layer.weight, codes[name].dequantize(torch.bfloat16)), name
     assert float(fake.std()) > 0
+    if text != LEARNED[3]:
+        assert torch.equal(fake, real)  # the same codes, scales, products and order of sums: nothing is left to round
+        return
+    # e4m3 with scales that are no powers of two: products are summed in fp32 in another order, so that one rounding to
+    # bf16 (2^-8) in each of 8 layers may fall the other way; each moves the logits by less than its share of them
+    assert float((fake - real).abs().max()) <= 8 * 2.0**-8 * float(fake.abs().max())
+
+
+@pytest.mark.parametrize("name", QAT)
+def test_a_packed_layer_is_the_fake_one_within_rounding_however_it_multiplies(name: str) -> None:
+    x, weight, bias, _ = operands(name)
+    recipe = RECIPES[name]
+    y = fake_linear(x, weight, bias, None, None, None, str(recipe)).double()
+    q = quantized_weight(weight, None, str(recipe))
+    packed = PackedLinear.from_values(q.codes.float(), q.scale.bfloat16(), nn.Parameter(bias), scheme_of(recipe))
+    real = packed(x).double()
+    # the sums may be rounded to bf16 before the scales are applied (widened int8), and after: 2^-8 each, on both sides
+    size = x.double().abs() @ q.dequantize(torch.float64).abs().t() + bias.double().abs()
+    assert bool(((y - real).abs() <= 3 * 2.0**-8 * size).all())
 
 
 @pytest.mark.parametrize("text", QAT)
@@ -263,3 +298,5 @@ def test_a_model_that_was_not_trained_for_it_is_not_converted() -> None:
         broken.blocks[1].mlp.up.weight[3, 4] = float("nan")
     with pytest.raises(FewbitsError, match=r"blocks\.1\.mlp\.up\.weight' holds NaN"):
         convert(broken)
+    with pytest.raises(FewbitsError, match="no checkpoint holds it"):
+        scheme_of(Precision.parse("output=int8/row x int8/row, fake").recipe)
