@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fewbits.checkpoint.hf import Stored, build_model
-from fewbits.checkpoint.load import load_checkpoint
 from fewbits.choice import Choice
 from fewbits.errors import FewbitsError
 from fewbits.export.options import FORMATS, QuantizeOptions, granularity_text
 from fewbits.export.quantized import Quantization, weight_errors
-from fewbits.nn.fake import LEARNED, learned_scales, quantized_weight
+from fewbits.nn.fake import LEARNED, quantized_weight
 from fewbits.nn.packed import Activations, PackedLinear, Scheme, replace_module
 from fewbits.nn.prepare import prepare
 from fewbits.nn.transformer import Transformer
@@ -23,7 +22,7 @@ from fewbits.numerics.quantize import Quantized
 from fewbits.precision.precision import Precision
 from fewbits.precision.recipe import Recipe
 from fewbits.train.evaluate import run_config
-from fewbits.train.state import with_learned_scales
+from fewbits.train.state import load_learned_scales
 
 
 @torch.no_grad()
@@ -139,16 +138,5 @@ def build_trained(source: Path, stored: Stored, precision: Precision) -> Transfo
     """The model of a run as it was trained: prepared, with its learned scales, in evaluation mode."""
     config = run_config(source)
     model = prepare(build_model(stored), precision, [] if config is None else config.keep_patterns())
-    scales = learned_scales(model)
-    if scales:
-        learned, _ = with_learned_scales({}, load_checkpoint(stored.folder).optimizer)
-        for name, parameter in scales.items():
-            _load_scale(parameter, learned.get(name), name, stored.folder)
+    load_learned_scales(model, stored.folder)
     return cast(Transformer, model.eval())
-
-
-@torch.no_grad()
-def _load_scale(parameter: nn.Parameter, saved: Tensor | None, name: str, folder: Path) -> None:
-    if saved is None or saved.shape != parameter.shape:
-        raise FewbitsError(f"{folder} holds no learned scales '{name}'. Restore its optimizer.safetensors.")
-    parameter.copy_(saved)

@@ -17,6 +17,7 @@ from fewbits.nn.transformer import Transformer
 from fewbits.precision.hardware import check, describe
 from fewbits.precision.precision import Precision
 from fewbits.train.execution import choose_device
+from fewbits.train.state import load_learned_scales
 
 
 def open_model(
@@ -38,6 +39,7 @@ def open_model(
         )
     if asked is not None:
         model = cast(Transformer, prepare(model, asked))
+        load_learned_scales(model, run)
     return model.to(place).eval(), tokenizer, chosen, place
 
 

@@ -7,13 +7,14 @@ The working weights are its rounding and are not stored. No random generator is 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewbits.checkpoint.hf import from_hf, to_hf
-from fewbits.checkpoint.load import Checkpoint, check_shapes
+from fewbits.checkpoint.load import Checkpoint, check_shapes, load_checkpoint
 from fewbits.errors import FewbitsError
 from fewbits.nn.fake import learned_scales
 from fewbits.optim.base import Optimizer
@@ -79,6 +80,21 @@ def with_learned_scales(
     learned = {key.removesuffix(ending): value for key, value in optimizer.items() if key.endswith(ending)}
     moments = {key: value for key, value in optimizer.items() if not key.endswith(ending)}
     return {**weights, **learned}, moments
+
+
+@torch.no_grad()
+def load_learned_scales(model: torch.nn.Module, folder: Path | str) -> None:
+    """Gives a prepared model the learned scales that the checkpoint in `folder` (or its run) holds, if its precision learns
+    any. Raises FewbitsError where they are not there: other scales would make another model."""
+    scales = learned_scales(model)
+    saved, _ = with_learned_scales({}, load_checkpoint(folder).optimizer) if scales else ({}, {})
+    for name, parameter in scales.items():
+        if name not in saved or saved[name].shape != parameter.shape:
+            raise FewbitsError(
+                f"{folder} holds no learned scales '{name}', so it was not trained in this precision. Use the one it was "
+                "trained in."
+            )
+        parameter.copy_(saved[name])
 
 
 def _distinct(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
