@@ -31,16 +31,16 @@ from blocks import ROOT, save
 T_QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # 95 %, by number of seeds
 
 
-def precision(group: int, learned: bool) -> str:
-    """int4-qat with groups of that size."""
-    return f"int4-qat, output=bf16 x int4/group:{group}{'/learned' if learned else ''}"
+def precision(granularity: str, learned: bool) -> str:
+    """int4-qat with scales for groups of that size, or rows."""
+    return f"int4-qat, output=bf16 x int4/{granularity}{'/learned' if learned else ''}"
 
 
-def variants(groups: list[int]) -> dict[str, dict[str, Any]]:
+def variants(groups: list[str]) -> dict[str, dict[str, Any]]:
     """What is made of the runs of the first stage: name -> the checkpoint to begin with, precision."""
     found: dict[str, dict[str, Any]] = {}
     for group in groups:
-        name = f"int4 group {group}"
+        name = f"int4 {group}"
         found[f"{name}, rounded afterwards"] = {"start": "end", "precision": precision(group, False)}
         found[f"{name}, qat at the end"] = {"start": "middle", "precision": precision(group, False)}
         found[f"{name}, qat at the end, learned"] = {"start": "middle", "precision": precision(group, True)}
@@ -141,7 +141,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=150, help="steps of every training")
     parser.add_argument("--tail", type=int, default=0, help="steps of them in int4-qat; default a third")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--groups", default="32,128")
+    parser.add_argument("--groups", default="32,128", help="sizes of groups, or row")
     parser.add_argument("--batches", type=int, default=100, help="held-out batches of 8 sequences")
     parser.add_argument("--workers", type=int, default=1, help="trainings at a time")
     parser.add_argument("--threads", type=int, default=2, help="threads of each")
@@ -154,7 +154,7 @@ def main() -> int:
     tail = a.tail or a.steps // 3
     if not 0 < tail < a.steps or a.seeds < 1:
         parser.error(f"--tail {tail} must lie between 1 and --steps {a.steps}, and --seeds be 1 or more")
-    groups = [int(word) for word in a.groups.split(",")]
+    groups = [word if word == "row" else f"group:{word}" for word in a.groups.split(",")]
     with tempfile.TemporaryDirectory(prefix="qat-") as folder:
         base = {"steps": a.steps, "tail": tail, "threads": a.threads, "batches": a.batches, "tiny": a.tiny}
         seeds = {seed: {**base, "seed": seed, "folder": f"{folder}/{seed}"} for seed in range(a.seeds)}

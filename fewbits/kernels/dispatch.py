@@ -65,7 +65,7 @@ def quantize(x: Tensor, format: Format, granularity: Granularity, rounding: str,
     traced = type(x) not in (Tensor, torch.nn.Parameter)  # what a compiler traces with is a class of its own
     if traced or torch.compiler.is_compiling() or quantize_execution(x.device).value == "definition":
         return definition.quantize(x, format, granularity, rounding, seed, scales)
-    if twin.why_not(x, format, rounding):
+    if scales == "full-range" or twin.why_not(x, format, rounding):
         return definition.quantize(x, format, granularity, rounding, seed, scales)
     return twin.quantize(x, format, granularity, rounding, seed, scales)
 

@@ -103,6 +103,8 @@ def _quantize(
     fmt, shared = Format.parse(format), Granularity.parse(granularity)
     x, kind = x.detach(), scales or default_scales(fmt)
     _refuse(x, fmt, rounding)
+    if kind == "full-range":
+        raise FewbitsError(f"The Triton twin knows symmetric codes only. Use {definition.__name__}.quantize.")
     tiles = _tiles(x, shared, both)
     codes, turned = _outputs(x, carrier(fmt), both)
     amax, source = None, "tile" if tiles.whole else "amax"

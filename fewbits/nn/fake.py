@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewbits.kernels.dispatch import quantize
 from fewbits.kernels.matmul import scaled_matmul
 from fewbits.nn.lowbit import HeldWeight, plain, recipe_of
 from fewbits.numerics.fake import scale_gradient, stored_weight, straight_through, values
-from fewbits.numerics.quantize import Quantized, quantize
+from fewbits.numerics.quantize import Quantized
 from fewbits.numerics.wide import widen
 from fewbits.precision.recipe import Operand
 
@@ -92,7 +93,7 @@ class _FakeLinear(torch.autograd.Function):
         if output.left.wide:
             y_NO, kept = plain(x_NK, values(right, weight.dtype), bias), (x_NK, None)
         else:
-            left = quantize(x_NK, output.left.format, output.left.granularity, scales=output.left.scaling)
+            left = quantize(x_NK, output.left.format, output.left.granularity, "nearest-even", 0, output.left.scaling)
             y_NO, kept = scaled_matmul(left, right, output.accumulator, weight.dtype, bias), (left.codes, left.scale)
         ctx.save_for_backward(*kept, weight, log_scale, codes, scale)
         ctx.text, ctx.shape, ctx.bias_dtype = text, x.shape, None if bias is None else bias.dtype

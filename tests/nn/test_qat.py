@@ -225,6 +225,20 @@ def test_a_packed_layer_is_the_fake_one_within_rounding_however_it_multiplies(na
     assert bool(((y - real).abs() <= 3 * 2.0**-8 * size).all())
 
 
+@pytest.mark.parametrize("name", QAT)
+def test_the_graph_keeps_codes_and_copies_nothing(name: str) -> None:
+    x, weight, bias, _ = operands(name)
+    x.requires_grad_()
+    weight.requires_grad_()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        fake_linear(x, weight, bias, None, None, None, str(RECIPES[name])).sum().backward()
+    wide = {t.data_ptr() for t in saved if t.element_size() == 2}
+    left = RECIPES[name].output.left  # type: ignore[union-attr]
+    assert wide == ({x.data_ptr(), weight.data_ptr()} if left.wide else {weight.data_ptr()})
+    assert {t.numel() for t in saved if t.element_size() == 1} == {weight.numel(), *([] if left.wide else [x.numel()])}
+
+
 @pytest.mark.parametrize("text", QAT)
 def test_training_lowers_the_loss_in_the_rounded_model(text: str) -> None:
     model = build(text)
