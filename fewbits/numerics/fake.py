@@ -16,6 +16,7 @@ from torch import Tensor
 from fewbits.errors import FewbitsError
 from fewbits.formats import Format
 from fewbits.numerics.quantize import Quantized, decode, encode, quantize
+from fewbits.numerics.rounding import cast
 from fewbits.numerics.scaling import Granularity, blocks, inverse, times
 
 CLIP = 1.0
@@ -137,7 +138,8 @@ def stored_weight(
         wanted = quantize(weight, format, granularity, scales=scales).scale
     else:
         kind, wanted = "exact", scale.detach()
-    stored = wanted.to(weight.dtype).clamp(min=torch.finfo(weight.dtype).tiny).float()
+    # by `cast`, on the bits: compilers drop a conversion to 16 bits and back
+    stored = cast(wanted, Format.parse(weight.dtype)).clamp(min=torch.finfo(weight.dtype).tiny)
     codes = encode(weight, stored, format, granularity, scales=kind)
     return Quantized(codes, stored, format, granularity, kind)
 
