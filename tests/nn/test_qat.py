@@ -142,10 +142,8 @@ def test_the_backward_multiplies_the_rounded_values_and_passes_the_rounding(text
         assert bool(((mine.grad.double() - reference.grad).abs() <= 3 * 2.0**-8 * size + 1e-6).all())
     if log_scale is not None and other is not None:
         assert log_scale.grad is not None and other.grad is not None
-        # each of the up to 64 terms is a bf16 gradient times at most max, 2^-7 of the sum of magnitudes
-        terms = sizes[1].sum(1, keepdim=True) * (1 if output.right.format.kind == "binary" else output.right.format.max)
-        bound = 2.0**-7 * terms * float(first.max())
-        assert bool(((log_scale.grad - other.grad).abs().view(48, -1) <= bound).all())
+        # up to 64 terms a scale, each a bf16 gradient that is off by 2^-8 of its sum of magnitudes, independently
+        assert float((log_scale.grad - other.grad).norm()) <= 2.0**-5 * float(other.grad.norm())
         assert float(other.grad.abs().max()) > 0
 
 
