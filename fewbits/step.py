@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
+from fewbits.kernels.heap import keep_freed_memory
 from fewbits.nn.emulate import emulation, needed
 from fewbits.nn.lowbit import held_weights, load_scale_history, scale_history
 from fewbits.nn.transformer import Transformer
@@ -104,6 +105,8 @@ class Step:
         self.clip, self.clip_kind = clip or None, check_kind(clip_kind)
         settle_master(optimizer, self.precision)
         self.device = self.parameters[0].device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.scale = loss_scale or parse(self.precision.loss_scale)
         self.scale.init(self.device)
         self.wide = self.precision.reduction.container

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fewbits.kernels.dispatch import emulated
 from fewbits.nn.linear import FORMAT_OF, Linear
 from fewbits.nn.norm import RMSNorm
+from fewbits.numerics.attention import short_attention
 from fewbits.numerics.wide import widen
 
 
@@ -34,6 +35,12 @@ def document_mask(documents_BT: Tensor) -> Tensor:
     return (same_BTT & causal_TT).unsqueeze(1)
 
 
+def _is_short(q: Tensor, k: Tensor) -> bool:
+    """Whether the probabilities of all heads are few enough to keep, in eager code on a CPU."""
+    T, d = q.shape[2:]
+    return q.device.type == "cpu" and k.shape[2] == T and 4 * d >= T and not torch.compiler.is_compiling()
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """softmax(q k^T / sqrt(d)) v with fp32 scores, for q [B, H, T, d] and k, v [B, G, T, d] where G divides H.
 
@@ -42,9 +49,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
     """
     dtype = q.dtype
     name = FORMAT_OF.get(dtype)
-    if name is not None and emulated(name, q.device.type):
+    emulate = name is not None and emulated(name, q.device.type)
+    if emulate:
         q, k, v = q.float(), k.float(), v.float()
     grouped = k.shape[1] != q.shape[1]
+    if q.dtype == torch.bfloat16 and not dropout and _is_short(q, k):
+        if grouped:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        return short_attention(q, k, v, mask, native_bf16=True)
     y = nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, enable_gqa=grouped
     )

@@ -22,7 +22,7 @@ def loss_sum(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, tf32: boo
         weight_VD,
         labels_BT.reshape(-1),
         tf32=tf32 and on_cpu,
-        narrow_inside=on_cpu and weight_VD.dtype == torch.bfloat16 and not emulated("bf16", "cpu"),
+        native_bf16=on_cpu and weight_VD.dtype == torch.bfloat16 and not emulated("bf16", "cpu"),
         pieces=pieces or softmax_gradient,
     )
 

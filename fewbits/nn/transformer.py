@@ -17,6 +17,7 @@ from fewbits.nn.embedding import Embedding
 from fewbits.nn.head import Pieces, compiled_pieces, loss_sum
 from fewbits.nn.linear import FORMAT_OF, Linear, linear
 from fewbits.nn.norm import LayerNorm, RMSNorm
+from fewbits.numerics.activation import gelu
 from fewbits.numerics.wide import widen
 
 # Beyond these a size is a typing error, not a model (the largest public models stay a factor of 10 below).
@@ -154,7 +155,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
         if self.gate is None:
-            return self.down(nn.functional.gelu(self.up(x), approximate="tanh"))  # type: ignore[no-any-return]
+            return self.down(gelu(self.up(x)))  # type: ignore[no-any-return]
         return self.down(nn.functional.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
 
 

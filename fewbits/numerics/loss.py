@@ -26,6 +26,9 @@ _FACTOR: ContextVar[Tensor | None] = ContextVar("gradient_factor", default=None)
 
 # Bytes of fp32 logits in one piece: on a CPU about what the last cache level holds, on a GPU enough rows to fill it.
 _PIECE_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
+# Bytes up to which 16-bit gradients of all logits are kept, so that the weight gradient is one native matmul: with them the
+# head takes no more memory than with the widened pieces that it does without.
+_GRADIENT_BYTES = 16 << 20
 
 
 @contextmanager
@@ -52,48 +55,56 @@ def softmax_gradient(logits_NV: Tensor, labels_N: Tensor, factor: Tensor) -> tup
     """Loss of every row and the gradient of `factor * sum(losses)` with respect to the logits, both in fp32 or wider."""
     real_N = labels_N != IGNORE
     index_N1 = torch.where(real_N, labels_N, 0).unsqueeze(1)  # any other negative label is an error, as in torch
-    log_p_NV = torch.log_softmax(logits_NV, 1)
-    losses_N = torch.where(real_N, -log_p_NV.gather(1, index_N1).squeeze(1), 0.0)
     weight_N1 = torch.where(real_N, factor, 0.0).unsqueeze(1)
     if torch.compiler.is_compiling():  # one loop; a scatter would be a second kernel
+        log_p_NV = torch.log_softmax(logits_NV, 1)
+        losses_N = torch.where(real_N, -log_p_NV.gather(1, index_N1).squeeze(1), 0.0)
         target_NV = torch.arange(logits_NV.shape[1], device=logits_NV.device).unsqueeze(0) == index_N1
         return losses_N, (log_p_NV.exp() - target_NV.to(logits_NV.dtype)) * weight_N1
-    gradient_NV = log_p_NV.exp_().scatter_add_(1, index_N1, torch.full_like(index_N1, -1, dtype=logits_NV.dtype))
-    return losses_N, gradient_NV.mul_(weight_N1)
+    p_NV = torch.softmax(logits_NV, 1)
+    # -log p of the target, by way of the likeliest token, whose p is at least 1 / V: one exponential of every logit, not two
+    losses_N = (logits_NV.amax(1) - logits_NV.gather(1, index_N1).squeeze(1)) - p_NV.amax(1).log()
+    gradient_NV = p_NV.scatter_add_(1, index_N1, torch.full_like(index_N1, -1, dtype=logits_NV.dtype))
+    return torch.where(real_N, losses_N, 0.0), gradient_NV.mul_(weight_N1)
 
 
 class _Product:
-    """How this head multiplies: fp32 results from 16-bit operands, since the weight gradient is a sum over tokens and may
-    not be rounded to 16 bits between pieces.
+    """How this head multiplies: logits are fp32, and the sum over tokens that is the weight gradient is fp32 until it ends.
 
-    On CUDA a 16-bit matmul hands out its fp32 accumulator. On a CPU the operands are widened; where the CPU multiplies bf16
-    natively, oneDNN is allowed to narrow them again inside, which is exact for what came from bf16.
+    On CUDA a 16-bit matmul hands out its fp32 accumulator. On a CPU operands are widened; where it multiplies bf16 natively,
+    oneDNN may narrow them again inside, exact for what came from bf16. There a bf16 matmul, which rounds its fp32 accumulator,
+    does for what is rounded in any case: the gradient of the hidden states, and that of the weight in one product.
     """
 
-    def __init__(self, weight_VD: Tensor, tf32: bool, narrow_inside: bool):
-        self.native = weight_VD.is_cuda and weight_VD.dtype in (torch.float16, torch.bfloat16)
-        self.tf32 = tf32
-        self.narrow_inside = narrow_inside and weight_VD.dtype == torch.bfloat16 and not weight_VD.is_cuda
-        self.weight_VD = weight_VD if self.native else operand(weight_VD, tf32)
+    def __init__(self, weight_VD: Tensor, tf32: bool, native_bf16: bool):
+        self.weight_VD, self.tf32 = weight_VD, tf32
+        self.hands_out_fp32 = weight_VD.is_cuda and weight_VD.dtype in (torch.float16, torch.bfloat16)
+        self.native_bf16 = native_bf16 and weight_VD.dtype == torch.bfloat16 and not weight_VD.is_cuda
+        self.entering_VD = self._enter(weight_VD)
 
-    def enter(self, x: Tensor) -> Tensor:
-        return x if self.native else operand(x, self.tf32)
+    def _enter(self, x: Tensor) -> Tensor:
+        return x if self.hands_out_fp32 else operand(x, self.tf32)
 
-    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        with onednn_bf16(self.narrow_inside):
-            return torch.mm(a, b, out_dtype=torch.float32) if self.native else a @ b
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """hidden @ weight.T in fp32 or wider; a CPU writes into `out` where it is given, which then stays in its caches."""
+        if self.hands_out_fp32:
+            return torch.mm(hidden, self.weight_VD.t(), out_dtype=torch.float32)
+        with onednn_bf16(self.native_bf16):
+            return torch.mm(self._enter(hidden), self.entering_VD.t(), out=out)
 
-    def to_hidden(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-        """gradient @ weight in the dtype of the hidden states."""
-        return gradient @ self.weight_VD if self.native else self(gradient, self.weight_VD).to(dtype)
+    def to_hidden(self, gradient: Tensor) -> Tensor:
+        """gradient @ weight in the dtype of the gradient."""
+        if self.hands_out_fp32 or self.native_bf16:
+            return gradient @ self.weight_VD
+        return (self._enter(gradient) @ self.entering_VD).to(gradient.dtype)
 
-    def add_(self, total: Tensor, gradient: Tensor, entering: Tensor) -> None:
-        """total += gradient.T @ entering, in fp32."""
-        if self.native:
-            total += self(gradient.t(), entering)
-        else:
-            with onednn_bf16(self.narrow_inside):
-                total.addmm_(gradient.t(), entering)
+    def add_(self, total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+        """total += gradient.T @ hidden, in fp32 or wider."""
+        if self.hands_out_fp32:
+            total += torch.mm(gradient.t(), hidden, out_dtype=torch.float32)
+            return
+        with onednn_bf16(self.native_bf16):
+            total.addmm_(self._enter(gradient).t(), self._enter(hidden))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -108,18 +119,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         product: _Product,
         pieces: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
     ) -> Tensor:
-        wide = wide_dtype(hidden_ND.dtype)
-        losses_N = hidden_ND.new_empty(labels_N.shape, dtype=wide)
+        N, V, dtype, wide = labels_N.shape[0], weight_VD.shape[0], hidden_ND.dtype, wide_dtype(hidden_ND.dtype)
+        losses_N = hidden_ND.new_empty(N, dtype=wide)
         grad_hidden_ND = torch.empty_like(hidden_ND)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide)
-        for start in range(0, labels_N.shape[0], rows):
+        at_once = product.native_bf16 and dtype.itemsize * N * V <= _GRADIENT_BYTES
+        gradient_NV = hidden_ND.new_empty(N if at_once else 0, V)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if not at_once else torch.empty(0)
+        logits_NV = None if product.hands_out_fp32 else hidden_ND.new_empty(min(rows, N), V, dtype=wide)
+        for start in range(0, N, rows):
             piece = slice(start, start + rows)
-            entering = product.enter(hidden_ND[piece])
-            losses_N[piece], gradient = pieces(product(entering, product.weight_VD.t()), labels_N[piece], factor)
-            # Rounded to the format of the working gradients, then widened again where the product is emulated.
-            gradient = product.enter(gradient.to(hidden_ND.dtype))
-            grad_hidden_ND[piece] = product.to_hidden(gradient, hidden_ND.dtype)
-            product.add_(grad_weight_VD, gradient, entering)
+            out = None if logits_NV is None else logits_NV[: N - start]
+            losses_N[piece], wide_gradient = pieces(product.logits(hidden_ND[piece], out), labels_N[piece], factor)
+            gradient = wide_gradient.to(dtype)  # the format of the working gradients
+            del wide_gradient  # the next piece gets its memory
+            grad_hidden_ND[piece] = product.to_hidden(gradient)
+            if at_once:
+                gradient_NV[piece] = gradient
+            else:
+                product.add_(grad_weight_VD, gradient, hidden_ND[piece])
+        if at_once:
+            grad_weight_VD = gradient_NV.t() @ hidden_ND
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), factor)
         return losses_N.sum()
 
@@ -127,8 +146,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None, None]:
         grad_hidden_ND, grad_weight_VD, factor = ctx.saved_tensors
         ratio = grad / factor  # exactly 1 when the announced factor is what arrives
-        grad_hidden_ND = (widen(grad_hidden_ND) * ratio).to(grad_hidden_ND.dtype)
-        return grad_hidden_ND, (widen(grad_weight_VD) * ratio).to(grad_weight_VD.dtype), None, None, None, None, None
+        if ratio.device.type != "cpu" or ratio != 1:
+            grad_hidden_ND = (widen(grad_hidden_ND) * ratio).to(grad_hidden_ND.dtype)
+            grad_weight_VD = (widen(grad_weight_VD) * ratio).to(grad_weight_VD.dtype)
+        return grad_hidden_ND, grad_weight_VD, None, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -137,7 +158,7 @@ def linear_cross_entropy(
     labels_N: Tensor,
     *,
     tf32: bool = False,
-    narrow_inside: bool = False,
+    native_bf16: bool = False,
     pieces: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = softmax_gradient,
 ) -> Tensor:
     """Sum over real targets of the cross entropy of `hidden @ weight.T`, 0-d, in nats, fp32 (fp64 for fp64).
@@ -147,11 +168,11 @@ def linear_cross_entropy(
 
     Args:
         tf32: round the operands to tf32 first (for a CPU; a GPU does it itself).
-        narrow_inside: this CPU multiplies bf16 natively.
+        native_bf16: this CPU multiplies bf16 natively.
         pieces: `softmax_gradient`, or a compiled twin of it.
     """
     rows = piece_rows(labels_N.shape[0], weight_VD.shape[0], hidden_ND.device.type)
-    product = _Product(weight_VD, tf32, narrow_inside)
+    product = _Product(weight_VD, tf32, native_bf16)
     if torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad):
         announced, wide = _FACTOR.get(), wide_dtype(hidden_ND.dtype)
         factor = torch.ones((), dtype=wide, device=hidden_ND.device) if announced is None else announced.to(wide)
@@ -161,7 +182,7 @@ def linear_cross_entropy(
     losses = []
     for start in range(0, labels_N.shape[0], rows):
         piece = slice(start, start + rows)
-        logits_NV = product(product.enter(hidden_ND[piece]), product.weight_VD.t())
+        logits_NV = product.logits(hidden_ND[piece])
         losses.append(
             torch.nn.functional.cross_entropy(logits_NV, labels_N[piece], ignore_index=IGNORE, reduction="none")
         )

@@ -18,7 +18,10 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
         wide_bias = None if bias is None else widen(bias)
-        y, mean, rstd = torch.native_layer_norm(widen(x), [x.shape[-1]], widen(weight), wide_bias, eps)
+        # With an fp32 weight torch's CPU kernel reads and writes 16 bits and computes in fp32, in one pass.
+        y, mean, rstd = torch.native_layer_norm(
+            x if x.device.type == "cpu" else widen(x), [x.shape[-1]], widen(weight), wide_bias, eps
+        )
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y.to(x.dtype)

@@ -28,25 +28,19 @@ def split_master(exact: Tensor) -> tuple[Tensor, Tensor]:
     inf in the working weight only. Every NaN becomes the quiet NaN with remainder 0: CUDA's own NaN, 0x7FFFFFFF,
     would carry into the sign, and one whose payload lies in the low bits would look like inf.
     """
-    top, low = _halves(exact)
-    return top.to(torch.int16).view(torch.bfloat16), low.to(torch.int16)
+    working, remainder = torch.empty_like(exact, dtype=torch.bfloat16), torch.empty_like(exact, dtype=torch.int16)
+    split_into(exact, working, remainder)
+    return working, remainder
 
 
 def split_into(exact: Tensor, working: Tensor, remainder: Tensor) -> None:
-    """`split_master` into existing tensors, bf16 and int16, with two passes less."""
-    top, low = _halves(exact)
-    working.view(torch.int16).copy_(top)
-    remainder.copy_(low)
-
-
-def _halves(exact: Tensor) -> tuple[Tensor, Tensor]:
-    """The bits of working weight and remainder as int32 tensors, each within the range of int16."""
-    top = _top(exact)
-    low = exact.view(torch.int32) - (top << 16)
+    """`split_master` into existing tensors, bf16 and int16."""
+    top, bits = _top(exact), exact.view(torch.int32)
     if _may_hold_nan(exact):
         nan = exact != exact
-        return top.masked_fill_(nan, BF16_QUIET_NAN), low.masked_fill_(nan, 0)
-    return top, low
+        top, bits = top.masked_fill(nan, BF16_QUIET_NAN), bits.masked_fill(nan, 0)
+    working.view(torch.int16).copy_(top)
+    remainder.copy_(bits)  # the cast keeps the low 16 bits, read as signed: bits - (top << 16) for every bits
 
 
 def _top(exact: Tensor) -> Tensor:
@@ -61,6 +55,8 @@ def _may_hold_nan(exact: Tensor) -> bool:
 
 def join_master(working: Tensor, remainder: Tensor) -> Tensor:
     """(bf16, int16) -> the fp32 master that `split_master` took apart, bit for bit (NaN stays NaN)."""
+    if working.device.type == "cpu" and not torch.compiler.is_compiling():
+        return working.float().view(torch.int32).add_(remainder).view(torch.float32)  # widening is that shift
     top = working.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
     return top.add_(remainder).view(torch.float32)
 
