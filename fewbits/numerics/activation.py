@@ -18,7 +18,7 @@ from torch import Tensor
 _K = 2 * math.sqrt(2 / math.pi)
 _C = 0.044715 * _K
 _FAR = 30.0  # beyond it s is 0 or 1 to the last bit, and x^3 would overflow
-_PIECE = 262144  # elements; the five fp32 pieces of this size stay in a CPU's caches
+_PIECE = 524288  # elements; a larger piece leaves the caches of a CPU, a smaller one spends its time between the calls
 
 
 def _piece(x: Tensor, y: Tensor, slope: Tensor, room: Tensor) -> None:
@@ -39,18 +39,16 @@ class _Gelu(torch.autograd.Function):
         x = x.contiguous()
         y, slope = torch.empty_like(x), torch.empty_like(x)
         room = torch.empty(3, min(_PIECE, x.numel()))
-        flat = [tensor.view(-1) for tensor in (x, y, slope)]
         for start in range(0, x.numel(), _PIECE):
-            into, out, slopes = (tensor[start : start + _PIECE] for tensor in flat)
-            _piece(into, out, slopes, room[:, : into.numel()])
+            flat_x, flat_y, flat_slope = (tensor.view(-1)[start : start + _PIECE] for tensor in (x, y, slope))
+            _piece(flat_x, flat_y, flat_slope, room[:, : flat_x.numel()])
         ctx.save_for_backward(slope)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (slope,) = ctx.saved_tensors
-        grad_x: Tensor = grad * slope
-        return grad_x
+        slope: Tensor = ctx.saved_tensors[0]
+        return grad * slope
 
 
 def gelu(x: Tensor) -> Tensor:

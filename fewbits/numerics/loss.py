@@ -130,12 +130,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             piece = slice(start, start + rows)
             out = None if logits_NV is None else logits_NV[: N - start]
             losses_N[piece], wide_gradient = pieces(product.logits(hidden_ND[piece], out), labels_N[piece], factor)
-            gradient = wide_gradient.to(dtype)  # the format of the working gradients
-            del wide_gradient  # the next piece gets its memory
+            # Rounded to the format of the working gradients. The next piece gets the memory of the wide one.
+            gradient = gradient_NV[piece].copy_(wide_gradient) if at_once else wide_gradient.to(dtype)
+            del wide_gradient
             grad_hidden_ND[piece] = product.to_hidden(gradient)
-            if at_once:
-                gradient_NV[piece] = gradient
-            else:
+            if not at_once:
                 product.add_(grad_weight_VD, gradient, hidden_ND[piece])
         if at_once:
             grad_weight_VD = gradient_NV.t() @ hidden_ND

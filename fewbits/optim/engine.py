@@ -25,7 +25,7 @@ Rule = Callable[[Tensor, Tensor, Sequence[Tensor], Tensor], None]
 
 ALIGN = 64  # elements; flat tensors have a multiple of it: vectorized code then leaves no tail that rounds otherwise
 SMALL = 32768  # elements; smaller tensors are updated together: most of a model's tensors hold few of its numbers
-PIECE = 65536  # elements; five fp32 pieces of this size and their temporaries stay in a CPU's second-level cache
+PIECE = 262144  # elements; larger pieces leave a CPU's caches, smaller ones spend their time between the calls
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,8 @@ from fewbits.nn.attention import attend
 from fewbits.nn.embedding import Embedding
 from fewbits.nn.linear import Linear
 from fewbits.nn.norm import LayerNorm, RMSNorm
-from fewbits.numerics.loss import gradient_factor, linear_cross_entropy, piece_rows
+from fewbits.numerics import loss
+from fewbits.numerics.loss import gradient_factor, linear_cross_entropy, piece_rows, softmax_gradient
 
 ROWS = 32_768
 # One rounding to the format (half an ulp, 2^-9 of the value in bf16, 2^-12 in fp16) plus an fp32 sum of 32k terms, whose
@@ -79,8 +80,9 @@ def exact_loss(hidden, weight, labels):
     return torch.nn.functional.cross_entropy(hidden @ weight.t(), labels, reduction="sum", ignore_index=-100)
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF_ULP], ids=str)
-def test_loss_in_pieces_equals_the_whole_in_fp64(dtype):
+def test_loss_in_pieces_equals_the_whole_in_fp64(dtype, native):
     torch.manual_seed(2)
     hidden, weight = torch.randn(300, 16).to(dtype), (0.3 * torch.randn(50, 16)).to(dtype)
     labels = torch.randint(50, (300,))
@@ -89,19 +91,19 @@ def test_loss_in_pieces_equals_the_whole_in_fp64(dtype):
     c, d = hidden.double().requires_grad_(), weight.double().requires_grad_()
     factor = torch.tensor(1 / 256, dtype=torch.float64)
     with gradient_factor(factor):
-        loss = linear_cross_entropy(a, b, labels)
-    (loss * factor.to(loss.dtype)).backward()
+        total = linear_cross_entropy(a, b, labels, native_bf16=native)
+    (total * factor.to(total.dtype)).backward()
     exact = exact_loss(c, d, labels)
     (exact * factor).backward()
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 4 * HALF_ULP.get(dtype, 0))
-    torch.testing.assert_close(loss.double(), exact, rtol=min(tolerance, 1e-5), atol=0)
+    torch.testing.assert_close(total.double(), exact, rtol=min(tolerance, 1e-5), atol=0)
     for narrow, wide in ((a, c), (b, d)):
         torch.testing.assert_close(
             narrow.grad.double(), wide.grad, rtol=tolerance, atol=tolerance * float(wide.grad.abs().max())
         )
     with torch.no_grad():
         torch.testing.assert_close(
-            linear_cross_entropy(a, b, labels).double(), exact, rtol=min(tolerance, 1e-5), atol=0
+            linear_cross_entropy(a, b, labels, native_bf16=native).double(), exact, rtol=min(tolerance, 1e-5), atol=0
         )
 
 
@@ -121,13 +123,16 @@ def test_gradients_are_right_when_no_factor_was_announced():
     torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-7)
 
 
-def test_head_gradient_of_a_large_vocabulary_is_summed_in_fp32_over_pieces():
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("kept", [0, 16 << 20])
+def test_head_gradient_of_a_large_vocabulary_is_summed_in_fp32_over_pieces(monkeypatch, native, kept):
     # 4,096 rows that all push one row of the weight by 2^-9: a bf16 sum over 64 pieces would round at every piece
     hidden = torch.ones(4096, 4, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.zeros(300, 4, dtype=torch.bfloat16, requires_grad=True)
     labels = torch.randint(300, (4096,), generator=torch.Generator().manual_seed(0))
     assert piece_rows(4096, 300, "cpu") < 4096
-    linear_cross_entropy(hidden, weight, labels).backward()
+    monkeypatch.setattr(loss, "_GRADIENT_BYTES", kept)
+    linear_cross_entropy(hidden, weight, labels, native_bf16=native).backward()
     count = torch.bincount(labels, minlength=300).double()
     p = torch.full((), 1 / 300).bfloat16().double()  # what a row that is no target receives, rounded as the gradient is
     q = torch.tensor(1 / 300 - 1).bfloat16().double()
@@ -135,13 +140,21 @@ def test_head_gradient_of_a_large_vocabulary_is_summed_in_fp32_over_pieces():
     torch.testing.assert_close(weight.grad.double(), exact, rtol=2.0**-8, atol=2.0**-10)
 
 
+def test_a_target_that_the_softmax_rounds_to_zero_has_its_loss_all_the_same():
+    logits = torch.tensor([[0.0, 1000.0], [3.0, -2.0], [-500.0, 400.0]])
+    labels = torch.tensor([0, 0, 1])
+    losses, gradient = softmax_gradient(logits.clone(), labels, torch.ones(()))
+    exact = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
+    torch.testing.assert_close(losses.double(), exact, rtol=2.0**-22, atol=2.0**-22)
+    torch.testing.assert_close(gradient[0], torch.tensor([-1.0, 1.0]))
+
+
 def test_the_logits_of_the_whole_batch_never_exist(monkeypatch):
     seen = []
-    from fewbits.numerics import loss as module
 
     def spy(logits, labels, factor):
         seen.append(logits.shape[0])
-        return module.softmax_gradient(logits, labels, factor)
+        return softmax_gradient(logits, labels, factor)
 
     hidden = torch.randn(1024, 8, requires_grad=True)
     linear_cross_entropy(hidden, torch.randn(64, 8), torch.randint(64, (1024,)), pieces=spy)
