@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Environment variables that change what is measured start with one of these.
+_TUNING = ("OMP_", "MKL_", "ONEDNN_", "MALLOC_", "GLIBC_TUNABLES", "TORCHINDUCTOR_")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -40,6 +42,7 @@ def header() -> dict[str, Any]:
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_TUNING)},
     }
 
 

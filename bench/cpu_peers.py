@@ -2,7 +2,8 @@
 
     python bench/cpu_peers.py [--rounds 3] [--sizes nano,12m]
 
-Run it where two cores are idle (taskset -c 0,1). Writes bench/results/cpu_peers.json.
+Run it where two cores are idle (taskset -c 0,1). Writes bench/results/cpu_peers.json. "heap kept" gives the Trainer what our
+Step does to the heap of the process (fewbits/kernels/heap.py), so that the rest can be compared.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ CASES = {
     "ours fp16-mixed": "ours fp16-mixed",
     "Trainer fp32": "trainer fp32",
     "Trainer bf16": "trainer bf16",
+    "Trainer fp32 heap kept": "trainer fp32 heap=1",
+    "Trainer bf16 heap kept": "trainer bf16 heap=1",
     "ours fp32 compiled": "ours fp32 compile=1",
     "ours bf16-mixed compiled": "ours bf16-mixed compile=1",
 }

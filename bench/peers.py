@@ -48,6 +48,10 @@ def trainer(dtype: str, o: dict[str, int]) -> dict[str, Any]:
 
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
+    if o.get("heap"):  # what our Step asks of the C library, for a comparison without it
+        from fewbits.kernels.heap import keep_freed_memory
+
+        keep_freed_memory()
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=o["V"],

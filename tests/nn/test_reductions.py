@@ -149,6 +149,17 @@ def test_a_target_that_the_softmax_rounds_to_zero_has_its_loss_all_the_same():
     torch.testing.assert_close(gradient[0], torch.tensor([-1.0, 1.0]))
 
 
+@pytest.mark.parametrize(("kept", "pieces"), [(128 * 40 * 2 - 1, 2), (128 * 40 * 2, 0)])
+def test_gradients_of_all_logits_are_kept_in_bf16_up_to_a_bound_only(monkeypatch, kept, pieces):
+    sums = []
+    add_ = loss._Product.add_
+    monkeypatch.setattr(loss._Product, "add_", lambda self, *tensors: sums.append(add_(self, *tensors)))
+    monkeypatch.setattr(loss, "_GRADIENT_BYTES", kept)
+    hidden, weight = torch.randn(128, 8).bfloat16().requires_grad_(), torch.randn(40, 8).bfloat16()
+    linear_cross_entropy(hidden, weight, torch.randint(40, (128,)), native_bf16=True)
+    assert len(sums) == pieces
+
+
 def test_the_logits_of_the_whole_batch_never_exist(monkeypatch):
     seen = []
 

@@ -53,6 +53,7 @@ def test_nan_stays_nan_in_working_weight_and_master(bits: int):
     # 0x7FFFFFFF is what CUDA produces: plain bit rounding would make the working weight -0.
     working, remainder = split_master(fp32(bits).view(1))
     assert working.isnan().all()
+    assert not remainder.any()
     assert join_master(working, remainder).isnan().all()
 
 
