@@ -6,7 +6,8 @@ heads are wide, the probabilities take no more memory than the feed-forward acti
     S = scale q k^T    P = softmax(S)    y = P v
     dP = g v^T         dS = scale P (dP - sum(P dP))      dq = dS k      dk = dS^T q      dv = P^T g
 
-S, dP and the softmax are fp32 (fp64 for fp64); P and dS are rounded to the dtype of q as they enter a matmul.
+S, dP and the softmax are fp32 (fp64 for fp64); P and dS are rounded to the dtype of q as they enter a matmul. Queries come in
+blocks, and S and dP stop at the last key that a block may see; beyond it P and dS are 0.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor
 
 from fewbits.numerics.matmul import onednn_bf16
-from fewbits.numerics.wide import wide_dtype, widen
+from fewbits.numerics.wide import widen
 
+_QUERIES = 64  # in one block: of a context of 256 tokens five eighths of S and dP are computed
 _SCORE_BYTES = 8 << 20  # fp32 scores of one piece of the batch: what the last level of a CPU's cache holds
 
 
@@ -40,35 +42,49 @@ def _put(out_BTHd: Tensor, piece: slice, values_NTd: Tensor) -> None:
     out_BTHd[piece] = values_NTd.view(-1, H, T, d).transpose(1, 2)
 
 
-def _probabilities(q: Tensor, k: Tensor, hidden: Tensor, native_bf16: bool) -> Tensor:
-    """softmax(q k^T / sqrt(d) + hidden) in fp32 for q, k [b, H, T, d]; hidden: fp32, broadcasts to [b, H, T, T]."""
+def _blocks(T: int, causal: bool) -> Iterator[tuple[slice, int]]:
+    """(queries, number of keys from the first on that they may see)"""
+    for start in range(0, T, _QUERIES):
+        stop = min(start + _QUERIES, T)
+        yield slice(start, stop), stop if causal else T
+
+
+def _probabilities(P: Tensor, q: Tensor, k: Tensor, mask: Tensor | None, native_bf16: bool) -> None:
+    """Writes softmax(q k^T / sqrt(d)) into P [b, H, T, T], which holds zeros; q, k [b, H, T, d], mask bool [b, 1, T, T]."""
     b, H, T, d = q.shape
-    with onednn_bf16(native_bf16):
-        scores = torch.bmm(widen(_flat(q)), widen(_flat(k)).transpose(1, 2)).view(b, H, T, T)
-    torch.add(hidden, scores, alpha=1 / math.sqrt(d), out=scores)
-    return torch.softmax(scores, -1)
+    wide_q, wide_k = widen(_flat(q)), widen(_flat(k)).transpose(1, 2)
+    later = torch.ones(_QUERIES, _QUERIES, dtype=torch.bool).triu_(1)
+    for rows, seen in _blocks(T, mask is None):
+        with onednn_bf16(native_bf16):
+            scores = torch.bmm(wide_q[:, rows], wide_k[:, :, :seen]).view(b, H, -1, seen).mul_(1 / math.sqrt(d))
+        if mask is None:
+            count = rows.stop - rows.start
+            scores[..., rows].masked_fill_(later[:count, :count], -math.inf)
+        else:
+            scores.masked_fill_(~mask[:, :, rows], -math.inf)
+        P[:, :, rows, :seen] = torch.softmax(scores, -1)
 
 
-def _score_gradient(g: Tensor, v: Tensor, p: Tensor, native_bf16: bool) -> Tensor:
-    """dS / scale in fp32, from the gradient of y and v [N, T, d] and p [N, T, T]."""
-    with onednn_bf16(native_bf16):
-        dP = torch.bmm(widen(g), widen(v).transpose(1, 2))
-    return torch._softmax_backward_data(dP, widen(p), -1, dP.dtype)
+def _score_gradient(dS: Tensor, g: Tensor, v: Tensor, p: Tensor, causal: bool, native_bf16: bool) -> None:
+    """Writes dS into a tensor [N, T, T] of zeros, from the gradient of y and v [N, T, d] and p [N, T, T]."""
+    wide_g, wide_v = widen(g), widen(v).transpose(1, 2)
+    for rows, seen in _blocks(g.shape[1], causal):
+        with onednn_bf16(native_bf16):
+            dP = torch.bmm(wide_g[:, rows], wide_v[:, :, :seen])
+        wide_p = widen(p[:, rows, :seen]).contiguous()
+        dS[:, rows, :seen] = torch._softmax_backward_data(dP, wide_p, -1, dP.dtype).mul_(1 / math.sqrt(g.shape[2]))
 
 
 class _ShortAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, native_bf16: bool) -> Tensor:
         B, H, T, d = q.shape
-        out, P = q.new_empty(B, T, H, d), q.new_empty(B, H, T, T)
-        zero = torch.zeros((), dtype=wide_dtype(q.dtype))
-        later = torch.full((T, T), -math.inf, dtype=zero.dtype).triu_(1)
+        out, P = q.new_empty(B, T, H, d), q.new_zeros(B, H, T, T)
         for piece in _pieces(B, H, T):
-            hidden = later if mask is None else zero.masked_fill(~mask[piece], -math.inf)
-            P[piece] = _probabilities(q[piece], k[piece], hidden, native_bf16)
+            _probabilities(P[piece], q[piece], k[piece], None if mask is None else mask[piece], native_bf16)
             _put(out, piece, torch.bmm(_flat(P[piece]), _flat(v[piece])))
         ctx.save_for_backward(q, k, v, P)
-        ctx.native_bf16 = native_bf16
+        ctx.causal, ctx.native_bf16 = mask is None, native_bf16
         return out.transpose(1, 2)
 
     @staticmethod
@@ -78,7 +94,8 @@ class _ShortAttention(torch.autograd.Function):
         grad_q, grad_k, grad_v = (q.new_empty(B, T, H, d) for _ in range(3))
         for piece in _pieces(B, H, T):
             g, p = _flat(grad[piece]), _flat(P[piece])
-            dS = _score_gradient(g, _flat(v[piece]), p, ctx.native_bf16).mul_(1 / math.sqrt(d)).to(q.dtype)
+            dS = torch.zeros_like(p)
+            _score_gradient(dS, g, _flat(v[piece]), p, ctx.causal, ctx.native_bf16)
             _put(grad_q, piece, torch.bmm(dS, _flat(k[piece])))
             _put(grad_k, piece, torch.bmm(dS.transpose(1, 2), _flat(q[piece])))
             _put(grad_v, piece, torch.bmm(p.transpose(1, 2), g))

@@ -35,9 +35,10 @@ def plain(mask):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("score_bytes", [8 << 20, 1])
-def test_in_fp64_it_equals_torch_causal_and_masked_in_one_piece_and_in_many(monkeypatch, masked, score_bytes):
+@pytest.mark.parametrize(("score_bytes", "queries"), [(8 << 20, 64), (1, 64), (1, 8)])
+def test_in_fp64_it_equals_torch_causal_and_masked_in_one_piece_and_in_many(monkeypatch, masked, score_bytes, queries):
     monkeypatch.setattr(attention, "_SCORE_BYTES", score_bytes)
+    monkeypatch.setattr(attention, "_QUERIES", queries)
     q, k, v, grad = tensors(torch.float64)
     mask = documents(3, 33) if masked else None
     found = results(lambda *qkv: short_attention(*qkv, mask), q, k, v, grad)
