@@ -225,6 +225,7 @@ def test_a_packed_layer_is_the_fake_one_within_rounding_however_it_multiplies(na
 
 def test_compiled_layers_give_the_outputs_and_gradients_of_eager_ones() -> None:
     """Also where the codes are made inside: a compiler drops the rounding of a scale that is not done on its bits."""
+    torch._dynamo.reset()  # other tests compile the same layers; what they left must not decide
     name, found = "int4-qat", []
     x, _, _, _ = operands(name)
     for compiled in (False, True):
@@ -235,8 +236,9 @@ def test_compiled_layers_give_the_outputs_and_gradients_of_eager_ones() -> None:
         y.backward(torch.ones_like(y))
         found.append([y.detach(), leaf.grad, *(p.grad for p in model.parameters())])
     for eager, other in zip(*found, strict=True):
-        # the same codes: what is left is one rounding to bf16 of sums in another order
-        assert bool(((eager.double() - other.double()).abs() <= 2.0**-8 * eager.double().abs() + 2.0**-12).all())
+        # the same codes: sums in another order may round to neighbours in bf16, whose distance is up to 2^-7 of the value;
+        # sums of 64 products that cancel differ by what fp32 loses of their terms, well below 2^-12
+        assert bool(((eager.double() - other.double()).abs() <= 2.0**-7 * eager.double().abs() + 2.0**-12).all())
 
 
 def small() -> nn.Module:
