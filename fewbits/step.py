@@ -7,20 +7,22 @@ clipping are one factor inside the update; only then does the loss scale move. O
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
+from fewbits.graph import StepGraph, graph_choice
 from fewbits.kernels.heap import keep_freed_memory
 from fewbits.nn.emulate import emulation, needed
 from fewbits.nn.lowbit import held_weights, load_scale_history, scale_history
 from fewbits.nn.transformer import Transformer
-from fewbits.numerics.keys import step_key
+from fewbits.numerics.keys import step_key, step_key_from
 from fewbits.numerics.loss import IGNORE, gradient_factor
-from fewbits.numerics.random import keyed_random
+from fewbits.numerics.random import keyed_random, mix_key
 from fewbits.numerics.wide import widen
 from fewbits.optim.base import Optimizer
 from fewbits.optim.clip import check_kind, coefficient, measure
@@ -78,6 +80,8 @@ class Step:
         loss_scale: a loss scale; default is the precision's.
         schedule: factor of the learning rate by number of applied steps; default constant.
         seed: keys the random numbers (dropout) of every micro-batch, together with the attempt.
+        graph: "true" records the step as a CUDA graph and replays it, "auto" where that fits (see `graph_choice`). Then
+            whoever changes what the host does in a step (hooks, say) after its first calls has to call `graph.forget`.
 
     Raises:
         FewbitsError: model, optimizer and precision contradict each other.
@@ -94,6 +98,7 @@ class Step:
         loss_scale: LossScale | None = None,
         schedule: Schedule | None = None,
         seed: int = 0,
+        graph: str = "false",
     ):
         self.precision = Precision.parse(precision) if isinstance(precision, str) else precision
         self.model, self.optimizer, self.loss, self.seed = model, optimizer, loss or causal_loss, seed
@@ -116,11 +121,27 @@ class Step:
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self.attempts = 0
         self.accumulators: dict[nn.Parameter, Tensor] = {}
+        self.graph_choice = graph_choice(graph, model, self.device)
+        self.graph: StepGraph | None = None
+        if self.graph_choice.value:
+            self.graph = StepGraph(self._take, self._fingerprint, self.device)
+        self.keys: list[Tensor] = []
+        """Mixed keys of the micro-batches on the device, where a graph reads them."""
 
     def __call__(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
         """Takes one step over all micro-batches of it, each {"input_ids", "labels", ...} on the device of the model."""
         if not micro_batches:
             raise FewbitsError("a step got no micro-batches; give at least one.")
+        if self.graph is None:
+            result = self._take(micro_batches)
+        else:
+            self._fill_keys(len(micro_batches))
+            result = StepResult(*self.graph(micro_batches))
+        self.attempts += 1
+        return result
+
+    def _take(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
+        """The step but for its count; nothing in it waits for the device."""
         self._clear()  # what a step that was broken off, or somebody's own backward, has left is no part of this one
         scale = self.scale.value.clone()
         with torch_switches(self.precision, self.device), emulation(needed(self.model)), held_weights(self.model):
@@ -139,9 +160,13 @@ class Step:
         self.latched |= ~torch.isfinite(loss) | (~finite & ~self.scale.can_cure())
         self.scale.update_(finite, hold=self.latched)
         self.skipped += ~applied
-        self.attempts += 1
         self._clear()
         return StepResult(loss, grad_norm, scale, applied)
+
+    @property
+    def warm(self) -> bool:
+        """Whether steps run as they will from now on: a graph is recorded, or none will be."""
+        return self.graph is None or self.graph.settled
 
     def lr_factor(self) -> Tensor:
         """Factor of the learning rate for the next update, 0-d: the schedule at the number of applied steps."""
@@ -175,8 +200,7 @@ class Step:
         factor = (scale.double() / count).to(self.wide)
         total = torch.zeros((), dtype=self.wide, device=self.device)
         for index, micro_batch in enumerate(micro_batches):
-            key = (self.seed, self.attempts, index)
-            with keyed_random(self.device, *key), step_key(self.device, *key), gradient_factor(factor):
+            with self._keyed(index), gradient_factor(factor):
                 loss_sum = self.loss(self.model, micro_batch)
                 if loss_sum.dtype.itemsize < 4:
                     raise FewbitsError(f"the loss came as {loss_sum.dtype}; return the sum over real targets in fp32.")
@@ -185,6 +209,34 @@ class Step:
             if len(micro_batches) > 1:
                 self._accumulate()
         return total / count.to(self.wide)
+
+    @contextmanager
+    def _keyed(self, index: int) -> Iterator[None]:
+        """Within, random numbers come from (seed, attempt, index). What a graph records reads its key from the device."""
+        if self.graph is not None and self.graph.recording:
+            with step_key_from(self.keys[index]):
+                yield
+            return
+        key = (self.seed, self.attempts, index)
+        with keyed_random(self.device, *key), step_key(self.device, *key):
+            yield
+
+    def _fill_keys(self, count: int) -> None:
+        while len(self.keys) < count:
+            self.keys.append(torch.zeros((), dtype=torch.int64, device=self.device))
+        for index in range(count):
+            self.keys[index].fill_(mix_key(self.seed, self.attempts, index))
+
+    def _fingerprint(self) -> object:
+        """What a graph of this step has in it beside the micro-batches: addresses, and numbers of the host."""
+        groups = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+        ]
+        tensors = [
+            *self.parameters,
+            *(state for p in self.parameters for state in _tensors(self.optimizer.state.get(p, {}))),
+        ]
+        return [t.data_ptr() for t in tensors], repr(groups), self.clip, self.clip_kind, self.seed, self.model.training
 
     @torch.no_grad()
     def _accumulate(self) -> None:
@@ -214,6 +266,10 @@ class Step:
         self.accumulators.clear()
         for parameter in self.parameters:
             parameter.grad = None
+
+
+def _tensors(state: Mapping[str, Any]) -> list[Tensor]:
+    return [value for value in state.values() if isinstance(value, Tensor)]
 
 
 def settle_master(optimizer: Optimizer, precision: Precision) -> None:

@@ -34,7 +34,9 @@ def run_block(config: Config, seconds: float, least_steps: int = 4) -> dict[str,
     config = config.resolve_vocabulary(data.tokenizer.vocab_size)
     choices = choose_execution(config)
     training = build_training(config, choices, data)
-    meter = MemoryMeter(training.model, training.optimizer, training.device, config.train.micro_batches)
+    meter = MemoryMeter(
+        training.model, training.optimizer, training.device, config.train.micro_batches, training.step.graph
+    )
     warmup = warm_up(training, meter)
     if training.device.type == "cuda":  # compiling and picking kernels take memory that training does not
         torch.cuda.reset_peak_memory_stats(training.device)
@@ -69,7 +71,7 @@ def warm_up(training: Training, meter: MemoryMeter) -> int:
         else:
             result = training.take_step()
         applied = applied or bool(result.applied)
-        if taken >= LEAST_WARMUP and applied and meter.measured:
+        if taken >= LEAST_WARMUP and applied and meter.measured and training.step.warm:
             break
     return taken
 

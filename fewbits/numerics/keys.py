@@ -29,3 +29,10 @@ def step_key(device: torch.device, *key: int) -> Iterator[None]:
     """Within, `current_key(device)` is made of `key`: (seed, attempt, micro-batch). Nothing waits for the device."""
     current_key(device).fill_(mix_key(*key))
     yield
+
+
+@contextmanager
+def step_key_from(key: Tensor) -> Iterator[None]:
+    """`step_key` from a mixed key that is on its device already, 0-d int64: for what is recorded and run again."""
+    current_key(key.device).copy_(key)
+    yield

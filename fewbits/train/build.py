@@ -154,6 +154,7 @@ def build_step(
         loss_scale=parse(precision.loss_scale),
         schedule=schedule_of(config),
         seed=config.train.seed,
+        graph=config.train.graph,
     )
     return model, optimizer, step
 

@@ -104,6 +104,8 @@ class TrainConfig:
     """auto, cpu, cuda or cuda:N."""
     compile: Literal["auto", "true", "false"] = "auto"
     """Whether the model is compiled; auto times both."""
+    graph: Literal["auto", "true", "false"] = "auto"
+    """Whether whole steps are recorded as CUDA graphs and replayed, with the same bits; auto does where it can."""
     deterministic: bool = False
     """Same bits every time on CUDA too, at a price that is printed (a CPU always is)."""
     log_every: int = field(default=10, metadata=limits(1))

@@ -138,7 +138,9 @@ class _Trials:
         """Seconds of one step; the first of its kind builds the model and warms up."""
         key = (str(precision), compile)
         if key not in self._steps:
-            self._steps[key] = build_step(self.config, precision, self.device, compile)[2]
+            self._steps[key] = step = build_step(self.config, precision, self.device, compile)[2]
+            while not step.warm:
+                step(self._batch)
         self._wait()
         began = time.perf_counter()
         self._steps[key](self._batch)

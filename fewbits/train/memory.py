@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from fewbits.graph import StepGraph
+
 Result = TypeVar("Result")
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -111,8 +113,15 @@ def resident_bytes() -> int | None:
 class MemoryMeter:
     """Peak memory of a training on one device: `measure` wraps one real step, `peak()` may be asked at any time."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, micro_batches: int):
-        self._model, self._optimizer, self._device = model, optimizer, device
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        micro_batches: int,
+        graph: StepGraph | None = None,
+    ):
+        self._model, self._optimizer, self._device, self._graph = model, optimizer, device, graph
         self._accumulated = micro_batches > 1
         self._cpu_peak: int | None = None
         self.measured = device.type == "cuda"  # the allocator of CUDA measures by itself
@@ -130,7 +139,8 @@ class MemoryMeter:
     def peak(self) -> int | None:
         """Peak bytes so far, or None before anything was measured."""
         if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
+            recorded = 0 if self._graph is None else self._graph.peak
+            return max(recorded, torch.cuda.max_memory_allocated(self._device))
         return self._cpu_peak
 
     def roles(self) -> dict[str, int] | None:

@@ -44,6 +44,9 @@ def introduce(
         if entry["what"] != "threads" and not entry["what"].startswith("matmul"):
             value = {True: "yes", False: "no"}.get(entry["value"], entry["value"])
             display.fact({"deterministic": "same bits"}.get(entry["what"], entry["what"]), str(value), entry["reason"])
+    if training.device.type == "cuda":
+        graph = training.step.graph_choice
+        display.fact("graph", "yes" if graph.value else "no", graph.reason)
     known = f"the peak is {peak / 1e12:,.0f} TFLOP/s" if peak else "the peak of this device is not known: null"
     display.fact("mfu", f"{FORMULA}; {known}")
     display.table(table, indent=27)
@@ -62,6 +65,7 @@ def summarize(run: Run, status: str, reason: str) -> dict[str, Any]:
     step_s = run.steps_before + run.step_s
     rate = tokens / wall if wall > 0 and tokens else None
     ms = median(run.logged_ms) if run.logged_ms else None
+    graph = training.step.graph_choice if training.step.graph is None else training.step.graph.choice
     steady = 1000 * training.tokens_per_step / ms if ms else None
     return {
         "status": status,
@@ -94,6 +98,7 @@ def summarize(run: Run, status: str, reason: str) -> dict[str, Any]:
         "precision": str(training.precision),
         "precision_table": run.table,
         "choices": training.choices.to_json(),
+        "graph": [bool(graph.value), graph.reason],
         "data": {**training.store.describe(), "corpus": training.corpus.name, "notes": training.corpus.notes},
         "out_dir": str(run.folder),
         "checkpoint": None if run.saved is None else str(run.saved),

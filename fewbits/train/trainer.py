@@ -180,7 +180,13 @@ class Run:
         self.compression: dict[str, Any] = before.get("compression") or compression_baseline(
             training.corpus.documents("val")
         )
-        self.meter = MemoryMeter(training.model, training.optimizer, training.device, self.config.train.micro_batches)
+        self.meter = MemoryMeter(
+            training.model,
+            training.optimizer,
+            training.device,
+            self.config.train.micro_batches,
+            training.step.graph,
+        )
         self.watch = Stopwatch()
         self.step_s = 0.0
         self.waiting: list[tuple[int, StepResult, Tensor]] = []  # steps whose results are still on the device

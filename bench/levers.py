@@ -1,0 +1,165 @@
+"""What one lever of the training step is worth: variants of the same step in one process, alternating A B A B.
+
+    python bench/levers.py --recipe gpt2-124m --cases "precision=bf16-mixed,train.graph=false; precision=bf16-mixed" \
+        --out bench/results/levers_NAME.json
+
+A case is overrides of the recipe, separated by commas, and cases by semicolons; `compile=no|blocks|whole` says how much of the
+model is compiled at once. Whole steps (forward, backward, clipping, AdamW with exact master weights) on random tokens
+that lie on the device. `--profile N` adds the N kernels that take the longest of each case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from blocks import header
+
+from fewbits.precision.precision import Precision
+from fewbits.train.build import build_step
+from fewbits.train.config import load_recipe, override
+
+
+def build(recipe: str, case: str, device: torch.device) -> tuple[Any, int]:
+    """A step with its batch, as something to call, and the tokens in one call."""
+    config, compile = load_recipe(recipe), "blocks"
+    for pair in filter(None, case.split(",")):
+        name, _, value = pair.strip().partition("=")
+        if name == "compile":
+            compile = value
+        else:
+            config = override(config, name, value)
+    config = config.check()
+    model, _, step = build_step(config, Precision.parse(config.precision), device, compile == "blocks")
+    if compile == "whole":
+        model.hidden = torch.compile(model.hidden, dynamic=False)  # type: ignore[method-assign]
+        model.compile_head()
+    batch, parts = config.train.batch_size, config.train.micro_batches
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.model.vocab_size, (batch, config.model.context + 1), generator=generator).to(device)
+    whole = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+    pieces = {key: value.chunk(parts) for key, value in whole.items()}
+    micro_batches = [{key: pieces[key][i].contiguous() for key in pieces} for i in range(parts)]
+
+    def take() -> Any:
+        return step(micro_batches)
+
+    take.step = step  # type: ignore[attr-defined]
+    return take, batch * config.model.context
+
+
+def wait(device: torch.device) -> None:
+    """Until the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def warm(take: Any, device: torch.device, least: int = 3) -> float:
+    """Seconds until steps run as they will."""
+    began = time.perf_counter()
+    taken = 0
+    while taken < least or not take.step.warm:
+        take()
+        wait(device)
+        taken += 1
+    return time.perf_counter() - began
+
+
+def timed(take: Callable[[], Any], steps: int, device: torch.device) -> tuple[float, float]:
+    """(ms a step, ms of the host a step until the calls return)."""
+    wait(device)
+    began = time.perf_counter()
+    for _ in range(steps):
+        take()
+    returned = time.perf_counter()
+    wait(device)
+    return 1e3 * (time.perf_counter() - began) / steps, 1e3 * (returned - began) / steps
+
+
+def kernels(take: Callable[[], Any], count: int, device: torch.device) -> list[list[Any]]:
+    """[name, ms, calls] of the longest kernels of a step, and their sum."""
+    activities = [
+        torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
+    ]
+    with torch.profiler.profile(activities=activities) as profiled:
+        for _ in range(2):
+            take()
+        wait(device)
+    rows = []
+    for event in profiled.key_averages():
+        ms = (event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total) / 2e3
+        rows.append([event.key[:110], round(ms, 3), event.count / 2])
+    rows.sort(key=lambda row: -row[1])
+    return [["all", round(sum(row[1] for row in rows), 3), sum(row[2] for row in rows)], *rows[:count]]
+
+
+def main() -> None:
+    """Prints a table and writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="nano")
+    parser.add_argument("--cases", required=True)
+    parser.add_argument("--set", default="", help="overrides of every case, first of all")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--profile", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    cases = [case.strip() for case in options.cases.split(";")]
+    found: dict[str, dict[str, Any]] = {}
+    takes: dict[str, Any] = {}
+    for case in cases:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+        try:
+            takes[case], tokens = build(options.recipe, ",".join(filter(None, (options.set, case))), device)
+            found[case] = {"warm_up_s": warm(takes[case], device), "tokens": tokens, "ms": [], "host_ms": []}
+            if device.type == "cuda":
+                found[case]["peak_gib"] = (torch.cuda.max_memory_allocated(device) - before) / 2**30
+            step = takes[case].step
+            found[case]["graph"] = (step.graph_choice if step.graph is None else step.graph.choice).reason
+        except Exception as error:  # one variant that fails is a row
+            found[case] = {"error": f"{type(error).__name__}: {str(error).strip()[:500]}"}
+            takes.pop(case, None)
+        print(case, found[case], flush=True)
+        gc.collect()
+    for _ in range(options.rounds):
+        for case, take in takes.items():
+            ms, host = timed(take, options.steps, device)
+            found[case]["ms"].append(ms)
+            found[case]["host_ms"].append(host)
+    first = None
+    for case, take in takes.items():
+        row = found[case]
+        row["median_ms"] = statistics.median(row["ms"])
+        row["tok_per_s"] = 1e3 * row["tokens"] / row["median_ms"]
+        row["loss"] = float(take().loss)
+        first = first or row["median_ms"]
+        row["speed"] = first / row["median_ms"]
+        if options.profile:
+            row["kernels"] = kernels(take, options.profile, device)
+        host = statistics.median(row["host_ms"])
+        print(
+            f"{row['median_ms']:9.2f} ms  x{row['speed']:.3f}  host {host:7.2f} ms  {row['tok_per_s']:10,.0f} tok/s  "
+            f"loss {row['loss']:.4f}  {case or options.recipe}",
+            flush=True,
+        )
+        for name, ms, calls in row.get("kernels", []):
+            print(f"    {ms:8.3f} ms {calls:6.0f} x  {name}")
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        document = {**header(), "recipe": options.recipe, "set": options.set, "cases": found}
+        options.out.write_text(json.dumps(document, indent=1))
+
+
+if __name__ == "__main__":
+    main()
