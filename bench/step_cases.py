@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from turn import turn
+
 ROOT = Path(__file__).resolve().parent.parent
 LR, BETAS, EPS, DECAY = 1e-4, (0.9, 0.95), 1e-8, 0.1
 BATCHES = 4
@@ -94,6 +96,11 @@ class Place:
         return itertools.cycle([(r[:, :-1].contiguous(), r[:, 1:].contiguous()) for r in rows])
 
 
+def sized(work: Work, tiny: bool) -> Work:
+    """The work as it is, or small enough to try the bench anywhere."""
+    return replace(work, batch=2, context=64) if tiny else work
+
+
 # A first guess of what a case takes of its work's `gib`; what it really takes is known after its first steps.
 SHARE = {"ours": 0.85, "torchao": 0.8, "compact": 0.9, "Lightning": 0.9}
 
@@ -117,7 +124,7 @@ def build(work: str, case: str, tiny: bool, compile: str) -> tuple[Drive, dict[s
     sys.path.insert(0, str(ROOT))
     from fewbits.train.config import load_recipe
 
-    found = replace(WORKS[work], batch=2, context=64) if tiny else WORKS[work]
+    found = sized(WORKS[work], tiny)
     config = load_recipe(found.recipe)
     change: dict[str, Any] = {"context": found.context}
     if tiny:
@@ -260,7 +267,8 @@ def pick_attention(place: Place) -> None:
             return float("inf")
         return marks[0].elapsed_time(marks[1])
 
-    cudnn, flash = seconds(SDPBackend.CUDNN_ATTENTION), seconds(SDPBackend.FLASH_ATTENTION)
+    with turn():
+        cudnn, flash = seconds(SDPBackend.CUDNN_ATTENTION), seconds(SDPBackend.FLASH_ATTENTION)
     print(f"attention: cuDNN {cudnn:.2f} ms, flash {flash:.2f} ms", flush=True)
     if cudnn < flash:  # for the whole process: a switch around a compiled module is not honoured
         torch.backends.cuda.enable_flash_sdp(False)

@@ -19,13 +19,14 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from blocks import ROOT, header
 from fleet import Case, Fleet
-from step_cases import CASES, WORKS, guessed_bytes
+from step_cases import CASES, WORKS, guessed_bytes, sized
 
 sys.path.insert(0, str(ROOT))
 GIB = 2**30
@@ -47,6 +48,8 @@ def make_fleet(work: str, names: list[str], a: argparse.Namespace, memory: int |
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if parallel > 1:
+        environment["FEWBITS_TURN"] = str(Path(tempfile.gettempdir()) / f"fewbits-turn-{os.getpid()}")
     if memory:
         threads = str(max(1, cores // min(parallel, len(names))))
         environment |= {"TORCHINDUCTOR_COMPILE_THREADS": threads, "OMP_NUM_THREADS": threads}
@@ -175,10 +178,10 @@ class Results:
         before = json.loads(path.read_text()) if add and path.exists() else {}
         self.works: dict[str, Any] = before.get("works", {})
 
-    def sit(self, name: str, cases: dict[str, Case], config: dict[str, Any]) -> None:
+    def sit(self, name: str, cases: dict[str, Case], config: dict[str, Any], tiny: bool = False) -> None:
         """A new sitting for a work; `update` fills it."""
-        found = WORKS[name]
-        shape = f"B={found.batch} T={found.context}"
+        found = sized(WORKS[name], tiny)
+        shape = f"B={found.batch} T={found.context}" + (" and a tiny model" if tiny else "")
         work = self.works.setdefault(name, {"shape": shape, "tokens": found.tokens, "sittings": []})
         work["sittings"].append({**header(), **config, "cases": {}})
         self.update(name, cases)
@@ -206,7 +209,7 @@ def measure(a: argparse.Namespace) -> None:
             print(f"{name}: nothing is missing")
             continue
         fleet = make_fleet(name, names, a, memory)
-        results.sit(name, fleet.cases, {"warmup": a.warmup, "rounds": a.rounds, "block_s": a.block_s})
+        results.sit(name, fleet.cases, {"warmup": a.warmup, "rounds": a.rounds, "block_s": a.block_s}, a.tiny)
         fleet.changed = lambda n=name, f=fleet: results.update(n, f.cases)
         try:  # two rounds of everyone must fit behind the compiling, where time allows
             reserve = min(0.5 * (end - time.monotonic()), 2 * len(names) * (fleet.block_s + 1.5))
