@@ -130,8 +130,12 @@ def summaries(work: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def table(name: str, work: dict[str, Any]) -> str:
     """The rows of a work as text, the fastest first."""
+    warmup = work["sittings"][-1]["warmup"]
     head = f"{name}  {work['shape']}  {work['sittings'][-1]['device']}, torch {work['sittings'][-1]['torch']}"
-    lines = [head, f"{'':30s} {'tokens/s':>10s} {'ms':>9s} {'spread':>7s}  against the best peer   peak GiB   loss"]
+    lines = [
+        head,
+        f"{'':30s} {'tokens/s':>10s} {'ms':>9s} {'spread':>7s}  against the best peer   peak GiB   loss at step {warmup}",
+    ]
     rows = work["rows"]
     for case in sorted(rows, key=lambda c: rows[c].get("ms", float("inf"))):
         row = rows[case]

@@ -129,7 +129,7 @@ def test_out_of_memory_beside_others_is_tried_again_alone(tmp_path):
 def results(tmp_path):
     found = run(fleet(tmp_path, ["ours fp8", "compact bf16", "refuses"]))
     made = Results(tmp_path / "table.json", add=False)
-    made.sit("gpt2-124m", found.cases, {"rounds": 2})
+    made.sit("gpt2-124m", found.cases, {"rounds": 2, "warmup": 2})
     return made
 
 
