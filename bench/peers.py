@@ -1,4 +1,4 @@
-"""Whole training steps of a GPT-2 shape beside transformers' Trainer: what cpu_peers.py and gpu_peers.py alternate.
+"""Whole training steps of a GPT-2 shape beside transformers' Trainer: what cpu_peers.py alternates.
 
 Every case runs forward, backward, clipping at 1.0 and AdamW on random tokens. `--case ours PRECISION` and
 `--case trainer DTYPE` print one JSON line; options follow as key=value.

@@ -1,11 +1,15 @@
 """Held-out loss of precisions against a reference, paired by seed: trainings side by side, judged as `compare` does.
 
     python bench/verdicts.py --precisions bf16-mixed,fp8,fp8-row --seeds 5 --workers 8 [--name NAME] [OPTIONS]
+    python bench/verdicts.py --recipe gpt2-124m --precisions bf16-mixed,fp8 --seeds 1 --name curves_gpt2-124m \
+        --data python-all --tokenizer bpe:50257 --batch_size 32 --micro_batches 1 --max_steps 1530 --warmup_steps 150 \
+        --eval_every 153 --eval_batches 4 --compile true                      # one curve of 50M tokens a precision
 
 OPTIONS are those of `fewbits train`.
 
-Losses only: trainings that share a machine say nothing about speed. Writes bench/results/NAME.json. A training that is in
-the file already is not run again, so an interrupted bench goes on where it was.
+Losses only: trainings that share a machine say nothing about speed. Writes bench/results/NAME.json (or into --out, or $OUT):
+the verdicts, what was learned, and of every training the losses along the way, training and held out. A training that is
+in the file already is not run again, so an interrupted bench goes on where it was.
 """
 
 from __future__ import annotations
@@ -13,10 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +31,37 @@ from blocks import ROOT, header
 
 sys.path.insert(0, str(ROOT))
 
-KEPT = ("status", "val_loss", "bits_per_byte", "final_loss", "steps", "tokens", "skipped_steps", "reason")
+KEPT = ("status", "val_loss", "bits_per_byte", "final_loss", "steps", "tokens", "epochs", "skipped_steps", "reason")
+POINTS = 200  # of a training curve at most: the file stays readable
+
+
+def thinned(points: list[list[float]]) -> list[list[float]]:
+    """At most POINTS of them, evenly spread, the last one always."""
+    every = -(-len(points) // POINTS) or 1
+    return points[::-1][::every][::-1]
+
+
+def curve(run: Path) -> dict[str, list[list[float]]]:
+    """[step, loss] of training and of every held-out evaluation, from a run's metrics; the last wins where a step repeats."""
+    from fewbits.train.record import read_lines
+
+    found: dict[str, dict[int, float | None]] = {"loss": {}, "val_loss": {}}
+    for entry in read_lines(run / "metrics.jsonl"):
+        for key, points in found.items():
+            if key in entry:
+                points[entry["step"]] = None if entry[key] is None else round(entry[key], 5)
+    train, held_out = ([[step, loss] for step, loss in points.items()] for points in found.values())
+    return {"train": thinned(train), "held_out": held_out}
+
+
+def learned(run: Path, summary: dict[str, Any]) -> dict[str, Any] | None:
+    """What a training learned: the text, its tokenizer, how many tokens there are, and how often they were seen."""
+    if "data" not in summary:
+        return None
+    data, config = summary["data"], tomllib.loads((run / "config.toml").read_text())["data"]
+    sizes = {split: {k: data[split][k] for k in ("tokens", "bytes", "documents")} for split in ("train", "val")}
+    about = {"data": config["data"], "tokenizer": config["tokenizer"], "vocab_size": data["vocab_size"]}
+    return {**about, "distinct_tokens": summary["distinct_tokens"], "epochs": summary["epochs"], **sizes}
 
 
 def train(task: tuple[str, int], recipe: str, options: list[str], threads: int, folder: Path) -> dict[str, Any]:
@@ -39,9 +75,8 @@ def train(task: tuple[str, int], recipe: str, options: list[str], threads: int, 
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     path = run / "summary.json"
     summary = json.loads(path.read_text()) if path.exists() else {"status": "crashed", "reason": done.stderr[-500:]}
-    logged = [json.loads(line) for line in (run / "metrics.jsonl").open()] if path.exists() else []
-    losses = [entry["loss"] for entry in logged if "loss" in entry]
-    entry = {"variant": precision, "seed": seed, **{key: summary.get(key) for key in KEPT}, "train_losses": losses}
+    about = {key: summary.get(key) for key in KEPT}
+    entry = {"variant": precision, "seed": seed, **about, "curve": curve(run), "learned": learned(run, summary)}
     print(
         f"{precision:12s} seed {seed}: {entry['status']} {entry['val_loss']}  ({time.time() - began:.0f} s)", flush=True
     )
@@ -62,9 +97,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--margin", type=float, default=0.005)
     parser.add_argument("--name", default="verdicts")
+    parser.add_argument("--out", default=os.environ.get("OUT") or str(ROOT / "bench" / "results"))
     a, a.options = parser.parse_known_args()
-    path = Path(os.environ.get("OUT") or ROOT / "bench" / "results") / f"{a.name}.json"
+    path = Path(a.out) / f"{a.name}.json"
     before = json.loads(path.read_text()) if path.exists() else {}
+    if before and [before["recipe"], before["options"]] != [a.recipe, a.options]:
+        parser.error(f"{path} holds trainings of {before['recipe']} {' '.join(before['options'])}: give another --name")
     runs = [run for run in before.get("runs", []) if run["status"] != "crashed"]
     precisions = a.precisions.split(",")
     have = {(run["variant"], run["seed"]) for run in runs}
@@ -72,8 +110,11 @@ def main() -> None:
 
     def save() -> list[dict[str, Any]]:
         rows = make_rows(precisions, list(range(a.seeds)), [], runs, a.margin, "val_loss")
-        shown = {"recipe": a.recipe, "options": a.options, "margin": a.margin, "rows": rows, "runs": runs}
-        path.write_text(json.dumps({**header(), **shown}, indent=1) + "\n")
+        data = next((run["learned"] for run in runs if run.get("learned")), None)  # the same for all: once is enough
+        each = [{key: value for key, value in run.items() if key != "learned"} for run in runs]
+        shown = {"recipe": a.recipe, "options": a.options, "data": data or before.get("data"), "margin": a.margin}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text({**header(), **shown, "rows": rows, "runs": each}))
         return rows
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(a.workers) as pool:
@@ -86,7 +127,29 @@ def main() -> None:
         low, high = verdict.get("interval") or (float("nan"), float("nan"))
         shown = f"{100 * (verdict.get('mean') or 0):+.3f} % ({100 * low:+.3f} to {100 * high:+.3f})"
         print(f"{row['variant']:14s} {verdict.get('kind', 'reference'):10s} {shown}")
+    show_curves(precisions, runs)
     print("wrote", path)
+
+
+def text(results: dict[str, Any]) -> str:
+    """Indented JSON with the points of a curve on one line each pair."""
+    return re.sub(r"\[\s+(-?[\d.e+-]+),\s+(-?[\d.e+-]+|null)\s+\]", r"[\1, \2]", json.dumps(results, indent=1)) + "\n"
+
+
+def show_curves(precisions: list[str], runs: list[dict[str, Any]]) -> None:
+    """Held-out losses of seed 0 along the way, with the difference to the first precision."""
+    first = [run for run in runs if run["seed"] == 0]
+    found = {run["variant"]: dict(run.get("curve", {}).get("held_out", [])) for run in first}
+    steps = sorted(set().union(*found.values())) if found else []
+    if len(steps) < 2:
+        return
+    print("step      " + "".join(f"{name:>24s}" for name in precisions))
+    for step in steps:
+        losses = [found.get(name, {}).get(step) for name in precisions]
+        cells = [
+            "-" if x is None else f"{x:.4f}" + (f" ({x / losses[0] - 1:+.2%})" if losses[0] else "") for x in losses
+        ]
+        print(f"{step:<10d}" + "".join(f"{cell:>24s}" for cell in cells))
 
 
 if __name__ == "__main__":
