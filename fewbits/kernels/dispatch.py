@@ -11,11 +11,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fewbits.choice import Choice
 from fewbits.formats import Format
+from fewbits.kernels import layouts
 from fewbits.kernels import quantize as twin
 from fewbits.kernels.int8_matmul import int8_matmul
 from fewbits.numerics import quantize as definition
-from fewbits.numerics.quantize import Key, Quantized
-from fewbits.numerics.scaling import Granularity
+from fewbits.numerics.quantize import Both, Key, Quantized
+from fewbits.numerics.scaling import Granularity, block_amax, scale_of
 from fewbits.precision.hardware import describe, native
 
 _choices: dict[tuple[str, str], Choice] = {}
@@ -45,7 +46,7 @@ def emulated(format_name: str, device_type: str) -> bool:
 def quantize_execution(device: torch.device) -> Choice:
     """What quantizes in eager code on a device: the Triton "kernel" or the "definition", which give the same codes.
 
-    In compiled code it is always the definition: the compiler fuses it with what comes before.
+    In compiled code it is the definition, which the compiler fuses with what comes before, but for `layouts_execution`.
     """
     key = ("quantize", device.type)
     if key not in _choices:
@@ -62,12 +63,78 @@ def quantize_execution(device: torch.device) -> Choice:
 
 def quantize(x: Tensor, format: Format, granularity: Granularity, rounding: str, seed: Key, scales: str) -> Quantized:
     """`quantize` of a matrix by the twin that runs where it lies; codes and scales do not depend on which."""
-    traced = type(x) not in (Tensor, torch.nn.Parameter)  # what a compiler traces with is a class of its own
-    if traced or torch.compiler.is_compiling() or quantize_execution(x.device).value == "definition":
+    if _traced(x) or quantize_execution(x.device).value == "definition":
         return definition.quantize(x, format, granularity, rounding, seed, scales)
     if scales == "full-range" or twin.why_not(x, format, rounding):
         return definition.quantize(x, format, granularity, rounding, seed, scales)
     return twin.quantize(x, format, granularity, rounding, seed, scales)
+
+
+def layouts_execution(device: torch.device) -> Choice:
+    """What makes both layouts of fp8 codes with one scale a tensor in compiled code, and the codes of all weights of a
+    step: the Triton "kernel" or the "definition", which give the same codes."""
+    key = ("both layouts of fp8 codes", device.type)
+    if key not in _choices:
+        if device.type != "cuda":
+            _choices[key] = Choice("definition", f"the kernel is for CUDA; this is {device.type}")
+        elif not twin.installed():
+            _choices[key] = Choice("definition", "triton is not installed")
+        elif torch.cuda.get_device_capability(device) < (8, 9):
+            _choices[key] = Choice("definition", "this GPU converts nothing to fp8 by itself; sm_89 and newer do")
+        else:
+            _choices[key] = Choice(
+                "kernel", "one reading writes both layouts; a compiler transposes codes in a pass more"
+            )
+    return _choices[key]
+
+
+def quantize_both(
+    x: Tensor, format: Format, granularity: Granularity, rounding: str, seed: Key, scales: str, sums: bool = False
+) -> Both:
+    """`quantize` of a matrix and of its transpose in the same codes: each row by row where a kernel makes them, else views of
+    one another. sums: the sums of the columns too, where they come with the reading."""
+    arguments = (x, format, granularity, rounding, seed, scales)
+    if _traced(x):
+        if in_layouts(x, format, granularity, rounding, scales):
+            scale = scale_of(block_amax(x, granularity), format, scales)
+            return _both(x, scale, format, granularity, scales, sums)
+    elif (
+        quantize_execution(x.device).value == "kernel"
+        and scales != "full-range"
+        and not twin.why_not(x, format, rounding)
+    ):
+        return Both(*twin.quantize_both(*arguments))
+    matrix = definition.quantize(*arguments)
+    return Both(matrix, matrix.transposed())
+
+
+def encode_both(
+    x: Tensor, scale: Tensor, format: Format, granularity: Granularity, rounding: str, seed: Key, scales: str,
+    sums: bool = False,
+) -> Both:  # fmt: skip
+    """`quantize_both` under a given scale."""
+    if in_layouts(x, format, granularity, rounding, scales):
+        return _both(x, scale, format, granularity, scales, sums)
+    codes = definition.encode(x, scale, format, granularity, rounding, seed, scales)
+    matrix = Quantized(codes, scale, format, granularity, scales)
+    return Both(matrix, matrix.transposed())
+
+
+def _both(x: Tensor, scale: Tensor, format: Format, granularity: Granularity, scales: str, sums: bool) -> Both:
+    codes, codes_t, found = layouts.encode_both(x, scale, format, sums)
+    matrix = Quantized(codes, scale, format, granularity, scales)
+    return Both(matrix, Quantized(codes_t, scale.t(), format, granularity.transposed(), scales), found)
+
+
+def in_layouts(x: Tensor, format: Format, granularity: Granularity, rounding: str, scales: str) -> bool:
+    """Whether the kernels of layouts.py make the codes of a matrix, in compiled code or together with others."""
+    kernel = layouts_execution(x.device).value == "kernel"
+    return kernel and not layouts.why_not(x, format, granularity, rounding, scales)
+
+
+def _traced(x: Tensor) -> bool:
+    """Whether a compiler looks at what happens to x: what it traces with is a class of its own."""
+    return type(x) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling()
 
 
 def probed(name: str, device: torch.device, probe: Callable[[], str]) -> Choice:

@@ -191,3 +191,102 @@ def _scramble(h, a, b):
     h = (h ^ (h >> 11)) * 0xAC4C1B51
     h = (h ^ (h >> 15)) * 0x31848BAB
     return h ^ (h >> 14)
+
+
+@jit
+def encode_both_kernel(
+    x, scale, codes, codes_t, sums, R, C, tiles_c, mantissa: tl.constexpr, lowest: tl.constexpr, limit: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, NATIVE: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """fp8 codes [R, C] and [C, R] of a matrix that lies row by row, under one scale, a power of two, and for SUMS the sums of
+    the columns of every BM rows, fp32 [tiles down, C]."""
+    program = tl.program_id(0)
+    r0 = (program // tiles_c).to(tl.int64) * BM
+    c0 = (program % tiles_c).to(tl.int64) * BN
+    tile = _load(x, r0, c0, R, C, C, 1, BM, BN)
+    out = _fp8(tile * _inverse_power(tl.load(scale)), codes, mantissa, lowest, limit, NATIVE)
+    _store_both(out, codes, codes_t, r0, c0, R, C, BM, BN)
+    if SUMS:
+        columns = c0 + tl.arange(0, BN)
+        tl.store(sums + (program // tiles_c) * C + columns, tl.sum(tile, axis=0), mask=columns < C)
+
+
+@jit
+def amax_all_kernel(like, table, owners, amax, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr):
+    """amax [matrices], int32 bits of fp32 starting from 0: raised to the largest magnitude of each matrix of `encode_all`."""
+    owner = tl.load(owners + tl.program_id(0))
+    x, _, R, C, r0, c0 = _place(like, table, owner, BM, BN, EVEN)
+    bits = _load(x, r0, c0, R, C, C, 1, BM, BN).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    tl.atomic_max(amax + owner, tl.max(tl.max(bits, axis=1), axis=0))
+
+
+@jit
+def encode_all_kernel(
+    like, table, owners, amax, earlier, codes, codes_t, scale, stride_e, stride_s, largest, top, fraction,
+    mantissa: tl.constexpr, lowest: tl.constexpr, limit: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr, DELAYED: tl.constexpr,
+):  # fmt: skip
+    """Codes of all matrices of a table in both layouts, and their scales: of amax, or of `earlier` where that is known."""
+    owner = tl.load(owners + tl.program_id(0))
+    x, at, R, C, r0, c0 = _place(like, table, owner, BM, BN, EVEN)
+    bits = tl.load(amax + owner)
+    value = _scale_of(bits, "power-of-two", largest, top, fraction)
+    if DELAYED:
+        known = tl.load(earlier + owner * stride_e).to(tl.int32, bitcast=True)
+        value = tl.where(
+            (known > 0) & (bits < 0x7F800000), _scale_of(known, "power-of-two", largest, top, fraction), value
+        )
+    if (r0 == 0) & (c0 == 0):
+        tl.store(scale + owner * stride_s, value)
+    out = _fp8(
+        _load(x, r0, c0, R, C, C, 1, BM, BN) * _inverse_power(value), codes, mantissa, lowest, limit, NATIVE
+    )  # fmt: skip
+    _store_both(out, codes + at, codes_t + at, r0, c0, R, C, BM, BN)
+
+
+@jit
+def _place(like, table, owner, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr):
+    """Where the tile of this program lies: matrix, its place among all codes, its shape, and the first row and column.
+
+    table: int64 [matrices, 5] of address, place, rows, columns and first program. EVEN: all of them in sixteens.
+    """
+    row = table + owner * 5
+    x = tl.load(row).to(like.dtype)
+    at = tl.load(row + 1)
+    R = tl.load(row + 2)
+    C = tl.load(row + 3)
+    if EVEN:
+        x = tl.multiple_of(x, 16)
+        at = tl.multiple_of(at, 16)
+        R = tl.multiple_of(R, 16)
+        C = tl.multiple_of(C, 16)
+    local = tl.program_id(0) - tl.load(row + 4)
+    tiles_c = (C + BN - 1) // BN
+    return x, at, R, C, (local // tiles_c) * BM, (local % tiles_c) * BN
+
+
+@jit
+def _inverse_power(scale):
+    """1 / scale of powers of two from 2^-126 to 2^126, on the bits; a NaN stays one."""
+    inv_scale = (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    return tl.where(scale == scale, inv_scale, scale)
+
+
+@jit
+def _fp8(scaled, codes, mantissa: tl.constexpr, lowest: tl.constexpr, limit: tl.constexpr, NATIVE: tl.constexpr):
+    """fp32 values as elements of `codes`, saturated and rounded once: by the instruction of sm_89 and newer, else on bits
+    (the interpreter of Triton rounds fp8 otherwise)."""
+    if NATIVE:
+        return scaled.to(codes.dtype.element_ty)
+    draws = tl.zeros(scaled.shape, dtype=tl.uint32)
+    out = _codes(scaled, draws, mantissa, lowest, limit, False, False, False, False)
+    return out.to(tl.uint8).to(codes.dtype.element_ty, bitcast=True)
+
+
+@jit
+def _store_both(out, codes, codes_t, r0, c0, R, C, BM: tl.constexpr, BN: tl.constexpr):
+    rows = r0 + tl.arange(0, BM)
+    columns = c0 + tl.arange(0, BN)
+    mask = (rows < R)[:, None] & (columns < C)[None, :]
+    tl.store(codes + rows[:, None] * C + columns[None, :], out, mask=mask)
+    tl.store(codes_t + columns[None, :] * R + rows[:, None], out, mask=mask)

@@ -7,7 +7,7 @@ codes are never older than the weight. The gradient is quantized once where both
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
-from fewbits.kernels.dispatch import emulated, quantize
+from fewbits.kernels.dispatch import emulated, encode_both, in_layouts, quantize, quantize_both
+from fewbits.kernels.layouts import encode_all
 from fewbits.kernels.matmul import scaled_matmul
 from fewbits.numerics.hadamard import random_hadamard
-from fewbits.numerics.quantize import Quantized, encode
+from fewbits.numerics.quantize import Both, Key, Quantized, encode
 from fewbits.numerics.scaling import block_amax, power_of_two_scale
 from fewbits.numerics.wide import widen
 from fewbits.precision.recipe import Operand, Recipe
@@ -30,8 +31,9 @@ _SITES = {"output": 0x1F3, "grad_input": 0x2E5, "grad_weight": 0x4C9, "hadamard"
 
 
 class HeldWeight(NamedTuple):
-    """A weight as its two matmuls take it: codes and scale of W [O, K] for output, of W.T [K, O] for grad_input (views of
-    the same codes where their blocks agree); all None where a matmul stays in the working format."""
+    """A weight as its two matmuls take it: codes and scale of W [O, K] for output, of W.T [K, O] for grad_input (the same
+    codes where their blocks agree: views on a CPU, written in both layouts by one kernel on CUDA); all None where a
+    matmul stays in the working format."""
 
     output_codes: Tensor | None = None
     output_scale: Tensor | None = None
@@ -78,20 +80,16 @@ def _alike(a: Operand, b: Operand) -> bool:
 def hold(weight: Tensor, recipe: Recipe, scales: Tensor | None = None, maxima: Tensor | None = None) -> HeldWeight:
     """The codes of a weight [O, K] for a recipe. scales, maxima: for delayed scaling, see `ScaleHistory`."""
     weight, draw = weight.detach(), _Draw(None, scales, maxima)
-    output = None if recipe.output is None else draw.quantized(weight, recipe.output.right, "output", WEIGHT)
-    if recipe.grad_input is None:
-        back = None
-    elif output is not None and shared_weight(recipe):
-        back = transposed(output)
+    output = back = None
+    if recipe.output is not None and shared_weight(recipe):
+        output, back, _ = draw.both(weight, recipe.output.right, "output", WEIGHT)
     else:
-        back = draw.quantized(weight.t(), recipe.grad_input.right, "grad_input", WEIGHT)
+        if recipe.output is not None:
+            output = draw.quantized(weight, recipe.output.right, "output", WEIGHT)
+        if recipe.grad_input is not None:
+            back = draw.quantized(weight.t(), recipe.grad_input.right, "grad_input", WEIGHT)
     codes = [(q.codes, q.scale) if q is not None else (None, None) for q in (output, back)]
     return HeldWeight(*codes[0], *codes[1])
-
-
-def transposed(q: Quantized) -> Quantized:
-    """The transposed matrix, sharing codes and scales."""
-    return Quantized(q.codes.t(), q.scale.t(), q.format, q.granularity.transposed(), q.scales)
 
 
 def lowbit_linear(
@@ -144,7 +142,11 @@ class _LowBitLinear(torch.autograd.Function):
         recipe = recipe_of(text)
         draw = _Draw(key, scales, maxima)
         x_NK = x.reshape(-1, x.shape[-1])
-        left = None if recipe.output is None else draw.quantized(x_NK, recipe.output.left, "output", ACTIVATION)
+        left = turned = None
+        if recipe.output is not None and ctx.needs_input_grad[1] and shared_activation(recipe):
+            left, turned, _ = draw.both(x_NK, recipe.output.left, "output", ACTIVATION)
+        elif recipe.output is not None:
+            left = draw.quantized(x_NK, recipe.output.left, "output", ACTIVATION)
         if left is None or output_codes is None or output_scale is None or recipe.output is None:
             y_NO = plain(x_NK, weight, bias)
         else:
@@ -154,8 +156,8 @@ class _LowBitLinear(torch.autograd.Function):
             kept: tuple[Tensor | None, Tensor | None] = (None, None)
         elif recipe.grad_weight is None:
             kept = (x_NK, None)
-        elif left is not None and shared_activation(recipe):
-            kept = (left.codes, left.scale)
+        elif turned is not None:  # in the layout that grad_weight wants
+            kept = (turned.codes.t(), turned.scale.t())
         else:
             saved = draw.quantized(x_NK.t(), recipe.grad_weight.right, "grad_weight", ACTIVATION)
             kept = (saved.codes.t(), saved.scale.t())
@@ -172,28 +174,41 @@ class _LowBitLinear(torch.autograd.Function):
         recipe: Recipe = recipe_of(ctx.text)
         grad_NO = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
-        left = None
+        biased = ctx.bias_dtype is not None and ctx.needs_input_grad[2]
+        left, rows, sums = _gradient_codes(draw, grad_NO, recipe, ctx.needs_input_grad[:2], biased)
         if ctx.needs_input_grad[0]:
-            if recipe.grad_input is None:
+            if left is None or recipe.grad_input is None:
                 grad_x = plain(grad_NO, weight.t())
             else:
-                left = draw.quantized(grad_NO, recipe.grad_input.left, "grad_input", GRADIENT)
                 right = _restored(codes, scale, recipe.grad_input.right)
                 grad_x = scaled_matmul(left, right, recipe.grad_input.accumulator, ctx.dtype)
             grad_x = grad_x.view(ctx.shape)
         if ctx.needs_input_grad[1]:
-            if recipe.grad_weight is None:
+            if rows is None or recipe.grad_weight is None:
                 grad_weight = plain(grad_NO.t(), x_codes.t())
             else:
-                if left is not None and shared_gradient(recipe):
-                    rows = transposed(left)
-                else:
-                    rows = draw.quantized(grad_NO.t(), recipe.grad_weight.left, "grad_weight", GRADIENT)
                 right = _restored(x_codes.t(), x_scale.t(), recipe.grad_weight.right)
                 grad_weight = scaled_matmul(rows, right, recipe.grad_weight.accumulator, ctx.dtype)
-        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-            grad_bias = widen(grad_NO).sum(0).to(ctx.bias_dtype)
+        if biased:
+            grad_bias = (widen(grad_NO).sum(0) if sums is None else sums).to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, *(None,) * 8
+
+
+def _gradient_codes(
+    draw: _Draw, grad_NO: Tensor, recipe: Recipe, needed: tuple[bool, bool], sums: bool
+) -> tuple[Quantized | None, Quantized | None, Tensor | None]:
+    """The gradient as the left operand of grad_input [N, O] and of grad_weight [O, N], None for what is not needed or not
+    in few bits: from one reading where both want the same codes, maybe with the sums of its columns."""
+    for_input = recipe.grad_input.left if recipe.grad_input is not None and needed[0] else None
+    for_weight = recipe.grad_weight.left if recipe.grad_weight is not None and needed[1] else None
+    if for_input is not None and for_weight is not None and shared_gradient(recipe):
+        return draw.both(grad_NO, for_input, "grad_input", GRADIENT, sums)
+    left = rows = None
+    if for_input is not None:
+        left = draw.quantized(grad_NO, for_input, "grad_input", GRADIENT)
+    if for_weight is not None:
+        rows = draw.quantized(grad_NO.t(), for_weight, "grad_weight", GRADIENT)
+    return left, rows, None
 
 
 class _Draw(NamedTuple):
@@ -207,31 +222,43 @@ class _Draw(NamedTuple):
         """A matrix as an operand of the matmul named `site`, in the role ACTIVATION, WEIGHT or GRADIENT."""
         if operand.hadamard and self.key is not None:
             x = random_hadamard(x, self.key ^ _SITES["hadamard"])
-        seed = 0 if self.key is None else self.key ^ _SITES[site]
+        how = (operand.format, operand.granularity, operand.rounding, self._seed(site), operand.scaling)
         if operand.scaling not in ("delayed", "unit"):
-            return quantize(x, operand.format, operand.granularity, operand.rounding, seed, operand.scaling)
+            return quantize(x, *how)
+        scale = self._scale(x, operand, site, role)
+        return Quantized(encode(x, scale, *how), scale, operand.format, operand.granularity, operand.scaling)
+
+    def both(self, x: Tensor, operand: Operand, site: str, role: int, sums: bool = False) -> Both:
+        """`quantized` with its transpose, for operands that two matmuls share; sums: see `quantize_both`."""
+        how = (operand.format, operand.granularity, operand.rounding, self._seed(site), operand.scaling)
+        if operand.scaling not in ("delayed", "unit"):
+            return quantize_both(x, *how, sums)
+        return encode_both(x, self._scale(x, operand, site, role), *how, sums)
+
+    def _seed(self, site: str) -> Key:
+        return 0 if self.key is None else self.key ^ _SITES[site]
+
+    def _scale(self, x: Tensor, operand: Operand, site: str, role: int) -> Tensor:
+        """The scale of an operand that is not scaled by its own maximum, noting that one; NaN where it is not finite."""
         amax = block_amax(x, operand.granularity)
         if operand.scaling == "unit":
-            fixed = (
-                2.0 ** round(-0.5 * math.log2(max(1, x.shape[1 - (site == "grad_input")]))) if role == WEIGHT else 1.0
-            )
-            scale = torch.full_like(amax, fixed)
+            contraction = max(1, x.shape[1 - (site == "grad_input")])
+            scale = torch.full_like(amax, 2.0 ** round(-0.5 * math.log2(contraction)) if role == WEIGHT else 1.0)
         else:
             scale = power_of_two_scale(amax, operand.format.max)
             if self.scales is not None and self.maxima is not None:
                 self.maxima[role] = torch.maximum(self.maxima[role], amax.view(()))
                 earlier = power_of_two_scale(self.scales[role].view(1, 1), operand.format.max)
                 scale = torch.where(self.scales[role] > 0, earlier, scale)  # nothing is known before the first step
-        scale = torch.where(amax.isfinite(), scale, math.nan)  # saturating must not hide an infinity
-        codes = encode(x, scale, operand.format, operand.granularity, operand.rounding, seed, operand.scaling)
-        return Quantized(codes, scale, operand.format, operand.granularity, operand.scaling)
+        return torch.where(amax.isfinite(), scale, math.nan)  # saturating must not hide an infinity
 
 
 class ScaleHistory:
     """Delayed scaling: the largest magnitudes of a layer's activation, weight and gradient over the last steps.
 
     Within a step, operands are scaled by the largest of the steps before it and the maxima of this one are noted (NVIDIA's
-    delayed scaling, as in Micikevicius et al. 2022). window: fp32 [3, steps], newest last.
+    delayed scaling, as in Micikevicius et al. 2022). window: fp32 [3, steps], newest last; largest and maxima: fp32 [3].
+    From the first step on, all three lie in the tensors of a `ScaleStore`.
     """
 
     STEPS = 16
@@ -240,20 +267,40 @@ class ScaleHistory:
         self.window = torch.zeros(3, self.STEPS)
         self.largest = torch.zeros(3)
         self.maxima = torch.zeros(3)
+        self.store: ScaleStore | None = None
 
-    def begin(self, device: torch.device) -> None:
-        """A step begins on `device`, that of the layer: its scales come from the window."""
-        if self.window.device != device:
-            self.window, self.largest, self.maxima = (
-                tensor.to(device) for tensor in (self.window, self.largest, self.maxima)
-            )
-        self.largest.copy_(self.window.amax(1))
+
+class ScaleStore:
+    """The histories of many layers in one tensor a kind, so that a step begins and ends in a handful of launches for all of
+    them: fp32 window [layers, 3, steps], largest and maxima [layers, 4] (16 bytes from one layer to the next, without
+    which a compiled graph would copy them; the fourth number is not used)."""
+
+    def __init__(self, histories: list[ScaleHistory], device: torch.device) -> None:
+        self.histories = histories
+        self.window = torch.stack([history.window.to(device) for history in histories])
+        self.largest, self.maxima = torch.zeros(2, len(histories), 4, device=device)
+        for i, history in enumerate(histories):
+            history.store, history.window = self, self.window[i]
+            # .data counts changes of its own: autograd keeps maxima, and another layer's note is no change of this one's
+            history.largest, history.maxima = self.largest[i, :3].data, self.maxima[i, :3].data
+
+    @staticmethod
+    def of(histories: list[ScaleHistory], device: torch.device) -> ScaleStore:
+        """The store of these histories in this order on `device`: the one they have, or a new one with their windows."""
+        store = histories[0].store
+        if store is None or store.window.device != device or store.histories != histories:
+            store = ScaleStore(histories, device)
+        return store
+
+    def begin(self) -> None:
+        """A step begins: its scales come from the windows."""
+        self.largest[:, :3].copy_(self.window.amax(2))
         self.maxima.zero_()
 
     def end(self) -> None:
-        """A step is over: its maxima join the window, but for those that are not finite."""
-        finite = torch.where(self.maxima.isfinite(), self.maxima, self.largest)
-        self.window.copy_(torch.cat((self.window[:, 1:], finite.unsqueeze(1)), 1))
+        """A step is over: its maxima join the windows, but for those that are not finite."""
+        finite = torch.where(self.maxima.isfinite(), self.maxima, self.largest)[:, :3]
+        self.window.copy_(torch.cat((self.window[:, :, 1:], finite.unsqueeze(2)), 2))
 
 
 def _restored(codes: Tensor, scale: Tensor, operand: Operand) -> Quantized:
@@ -273,18 +320,57 @@ def held_weights(model: nn.Module) -> Iterator[None]:
     """Within, every low-bit layer of `model` multiplies the codes that its weight has now: quantized once, for all
     micro-batches. Nothing may change a weight meanwhile; afterwards codes are made at every call again."""
     layers: list[Any] = [module for module in model.modules() if getattr(module, "recipe", "")]
+    looking_back: dict[torch.device, list[ScaleHistory]] = {}
+    for layer in layers:
+        if layer.history is not None:
+            looking_back.setdefault(layer.weight.device, []).append(layer.history)
+    stores = [ScaleStore.of(histories, device) for device, histories in looking_back.items()]
     try:
-        for layer in layers:
-            if layer.history is not None:
-                layer.history.begin(layer.weight.device)
-            layer.held = layer.hold()
+        for store in stores:
+            store.begin()
+        _hold_all(layers)
         yield
-        for layer in layers:
-            if layer.history is not None:
-                layer.history.end()
+        for store in stores:
+            store.end()
     finally:
         for layer in layers:
             layer.held = None
+
+
+@torch.no_grad()
+def _hold_all(layers: Sequence[Any]) -> None:
+    """Gives every layer the codes of its weight: those that `together` allows in three launches, the others one by one."""
+    groups: dict[tuple[Any, ...], list[Any]] = {}
+    for layer in layers:
+        if together(layer):
+            store = None if layer.history is None else layer.history.store
+            groups.setdefault((layer.recipe, layer.weight.dtype, layer.weight.device, store), []).append(layer)
+        else:
+            layer.held = layer.hold()
+    for (recipe, *_, store), group in groups.items():
+        if store is not None and [layer.history for layer in group] != store.histories:
+            for layer in group:
+                layer.held = layer.hold()
+            continue
+        output = recipe_of(recipe).output
+        assert output is not None
+        earlier = None if store is None else store.largest[:, WEIGHT]
+        held, amax = encode_all([layer.weight for layer in group], output.right.format, earlier)
+        if store is not None:
+            noted = store.maxima[:, WEIGHT]
+            noted.copy_(torch.maximum(noted, amax))
+        for layer, (codes, codes_t, scale) in zip(group, held, strict=True):
+            layer.held = HeldWeight(codes, scale, codes_t, scale)
+
+
+def together(layer: Any) -> bool:
+    """Whether the weight of a low-bit layer can be quantized with others: one scale and the same codes for both matmuls."""
+    recipe, weight = recipe_of(layer.recipe), layer.weight
+    if layer.fake or recipe.output is None or not shared_weight(recipe) or recipe.output.right.scaling == "unit":
+        return False
+    operand = recipe.output.right
+    plain_weight = type(weight) in (Tensor, nn.Parameter) and weight.is_contiguous()
+    return plain_weight and in_layouts(weight, operand.format, operand.granularity, operand.rounding, operand.scaling)
 
 
 def scale_history(model: nn.Module) -> dict[str, list[list[float]]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from fewbits.formats import Format
 from fewbits.numerics.rounding import cast
 from fewbits.numerics.scaling import Granularity, block_amax, block_mean, inverse, scale_of, times
 
-_POWERS = ("power-of-two", "delayed", "unit")  # kinds of scale that are powers of two
+POWERS = ("power-of-two", "delayed", "unit")  # kinds of scale that are powers of two
 Key = int | Tensor
 """Key of the random bits of stochastic rounding: an int, or a 0-d int64 tensor on the device."""
 
@@ -65,6 +66,19 @@ class Quantized:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """code * scale in `dtype`, computed in fp32 and rounded once; shape of codes."""
         return decode(_matrix(self.codes), self.scale, self.granularity, dtype, self.scales).view(self.codes.shape)
+
+    def transposed(self) -> Quantized:
+        """The transposed matrix, sharing codes and scales."""
+        return Quantized(self.codes.t(), self.scale.t(), self.format, self.granularity.transposed(), self.scales)
+
+
+class Both(NamedTuple):
+    """A matrix [R, C] and its transpose [C, R] in the same codes, and the sums of its columns in fp32 [C] where they were
+    asked for and had on the way."""
+
+    matrix: Quantized
+    transpose: Quantized
+    sums: Tensor | None = None
 
 
 def quantize(
@@ -129,7 +143,7 @@ def encode(
     if scales == "full-range":
         steps = (x.float() / scale).nan_to_num(nan=0.0).round()
         return steps.clamp(-format.max - 1, format.max).to(carrier(format))
-    short = scales in _POWERS and x.dtype == torch.bfloat16 and _eager_cpu(x)
+    short = scales in POWERS and x.dtype == torch.bfloat16 and _eager_cpu(x)
     inv_scale, x = inverse(scale), x if short else x.float()
     scaled = times(x, inv_scale.to(x.dtype), granularity)
     if format.kind == "int":  # symmetric: the code -max - 1 is not used
@@ -145,6 +159,16 @@ def encode(
     return (values if dtype.is_floating_point else values.nan_to_num(nan=0.0)).to(dtype)
 
 
+def encode_both(x: Tensor, scale: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of a matrix under one scale, a power of two, and what its matmuls want beside them.
+
+    x: [R, C]; scale: fp32 [1, 1]; format: fp8. Returns codes [R, C] and [C, R], each row by row, and the sums of the columns
+    of x in fp32, [C].
+    """
+    codes = encode(x, scale, format, Granularity(), scales="delayed")
+    return codes, codes.t().contiguous(), x.float().sum(0)
+
+
 def decode(
     codes: Tensor,
     scale: Tensor,
@@ -157,12 +181,7 @@ def decode(
     Exact in bf16 where code and scale have at most 8 significant bits together: every float recipe here. `scales` as in
     `encode`.
     """
-    if (
-        scales in (*_POWERS, "two-level")
-        and dtype == torch.bfloat16
-        and codes.dtype.itemsize == 1
-        and _eager_cpu(codes)
-    ):
+    if scales in (*POWERS, "two-level") and dtype == torch.bfloat16 and codes.dtype.itemsize == 1 and _eager_cpu(codes):
         return times(*_narrow(codes, scale), granularity)
     return times(codes.float(), scale, granularity).to(dtype)
 

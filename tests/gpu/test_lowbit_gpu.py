@@ -14,11 +14,12 @@ import torch
 import fewbits
 from fewbits import AdamW, ModelConfig, Step, Transformer
 from fewbits.formats import Format
-from fewbits.kernels import dispatch
+from fewbits.kernels import dispatch, layouts
 from fewbits.kernels import quantize as kernel
 from fewbits.kernels.matmul import BLOCK, SQUARE, block_execution, native_kind, scaled_matmul
 from fewbits.nn.lowbit import held_weights, hold
 from fewbits.numerics import quantize as definition
+from fewbits.numerics import scaling
 from fewbits.numerics.quantize import Quantized
 from fewbits.numerics.scaling import Granularity
 from fewbits.precision.recipe import RECIPES
@@ -359,7 +360,7 @@ def test_2n_steps_equal_n_save_load_n_bit_for_bit(deterministic, name, compiled)
     assert int(whole.optimizer.applied_steps) == 6
 
 
-@pytest.mark.parametrize("name", ["fp8", "fp8-row", "fp8-block", "int8"])
+@pytest.mark.parametrize("name", ["fp8", "fp8-row", "fp8-block", "fp8-delayed", "int8"])
 def test_a_weight_is_quantized_once_a_step_and_its_codes_are_never_older(name, monkeypatch):
     model, step = build(name)
     layers = [m for m in model.modules() if getattr(m, "recipe", "")]
@@ -369,12 +370,19 @@ def test_a_weight_is_quantized_once_a_step_and_its_codes_are_never_older(name, m
         counted.append(id(weight))
         return hold(weight, *rest)
 
+    def counting_all(weights, *rest):
+        counted.extend(map(id, weights))
+        return layouts.encode_all(weights, *rest)
+
     for place in ("fewbits.nn.linear.hold", "fewbits.nn.lowbit.hold"):
         monkeypatch.setattr(place, counting)
+    monkeypatch.setattr("fewbits.nn.lowbit.encode_all", counting_all)
     for i in range(3):
         counted.clear()
         step([batch(2 * i), batch(2 * i + 1)])
         assert sorted(counted) == sorted(id(m.weight) for m in layers)
+        if name == "fp8-delayed":  # scaled by earlier maxima, which `test_weights_together` looks at
+            continue
         with held_weights(model):
             for module in layers:
                 operand = fewbits.Precision.parse(name).recipe.output.right
@@ -388,3 +396,88 @@ def test_granularities_of_the_block_recipe_are_the_native_ones():
     output = RECIPES["fp8-block"].output
     assert output is not None
     assert (output.left.granularity, output.right.granularity) == (BLOCK, SQUARE)
+
+
+FP8 = ("fp8_e4m3", "fp8_e5m2")
+NATIVE_CODES = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+needs_fp8_codes = pytest.mark.skipif(not NATIVE_CODES, reason="needs a GPU that converts to fp8 by itself")
+
+
+def assert_both(ours: tuple[torch.Tensor, torch.Tensor], codes: torch.Tensor) -> None:
+    """Codes [R, C] and [C, R], each row by row."""
+    assert ours[0].is_contiguous() and ours[1].is_contiguous()
+    one = torch.ones(1, 1, device="cuda")
+    for mine, other in zip(ours, (codes, codes.t()), strict=True):
+        how = (one, Format.parse("fp8_e4m3"), Granularity())
+        assert_same(Quantized(mine, *how), Quantized(other, *how))
+
+
+@needs_fp8_codes
+@pytest.mark.parametrize("format", FP8)
+@pytest.mark.parametrize("shape", [*AWKWARD, (4096, 768), (2048, 5632)], ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_codes_in_both_layouts_are_those_of_the_definition(format, shape, compiled):
+    fmt = Format.parse(format)
+    torch._dynamo.reset()
+    how = (fmt, Granularity(), "nearest-even", 0)
+
+    def work(x, scale):
+        q, t, sums = dispatch.quantize_both(x, *how, "power-of-two", True)
+        under = dispatch.encode_both(x, scale, *how, "delayed", True)
+        return q.codes, q.scale, t.codes, under.matrix.codes, under.transpose.codes, sums, under.sums
+
+    if compiled:  # tensors, as inside a low-bit layer, and not dynamo, meet what decides
+        torch.compiler.allow_in_graph(work)
+    run = torch.compile(lambda x, scale: work(x, scale), dynamic=False) if compiled else work
+    for value in (None, math.nan, math.inf):
+        x = matrix(shape)
+        if value is not None:
+            x[-1, -1] = value
+        wanted = definition.quantize(x, fmt)
+        given = definition.quantize(x.nan_to_num(0.0, 1.0, 1.0), fmt).scale * 2.0**-5  # saturates, as a delayed one may
+        codes, scale, codes_t, under, under_t, sums, under_sums = run(x, given)
+        assert_both((codes, codes_t), wanted.codes)
+        assert torch.equal(scale.isnan(), wanted.scale.isnan()) and (
+            value is not None or torch.equal(scale, wanted.scale)
+        )
+        assert_both((under, under_t), definition.encode(x, given, fmt, Granularity(), scales="delayed"))
+        for found in (sums, under_sums):  # at most R roundings of a sum of magnitudes
+            if found is not None and value is None:
+                exact, bound = x.double().sum(0), 2.0**-24 * shape[0] * x.double().abs().sum(0)
+                assert bool(((found.double() - exact).abs() <= bound).all())
+
+
+@needs_fp8_codes
+@pytest.mark.parametrize("format", FP8)
+def test_weights_together_get_the_codes_that_each_gets_alone(format):
+    fmt = Format.parse(format)
+    for shapes in (AWKWARD, [(768, 2304), (2304, 768), (1, 16), (256, 128)]):
+        matrices = [matrix(shape) for shape in shapes]
+        matrices[2][0, 0] = math.nan
+        earlier = torch.rand(len(matrices), 4, device="cuda")[:, 1] * 100
+        earlier[0] = 0
+        for known in (None, earlier):
+            held, amax = layouts.encode_all(matrices, fmt, known)
+            for i, (x, one) in enumerate(zip(matrices, held, strict=True)):
+                own = x.abs().max().float()
+                assert torch.equal(amax[i].nan_to_num(-1), own.nan_to_num(-1))
+                used = own if known is None or known[i] == 0 or not own.isfinite() else known[i]
+                scale = scaling.power_of_two_scale(used.view(1, 1), fmt.max)
+                assert torch.equal(one.scale.nan_to_num(-1), scale.nan_to_num(-1))
+                assert_both((one.codes, one.codes_t), definition.encode(x, scale, fmt, Granularity(), scales="delayed"))
+
+
+@needs_hopper
+@pytest.mark.parametrize("name", ["fp8", "fp8-delayed"])
+def test_compiled_layers_write_both_layouts_and_keep_the_one_that_the_backward_wants(name):
+    """No copy kernel of one-byte codes runs in the backward: they lie as the matmuls want them."""
+    model = fewbits.prepare(torch.nn.Sequential(torch.nn.Linear(256, 384)), name).cuda()
+    run = torch.compile(model, dynamic=False)
+    x = torch.randn(1024, 256).to("cuda", torch.bfloat16).requires_grad_()
+    for _ in range(2):  # compiled in the first
+        with held_weights(model), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            run(x).sum().backward()
+            torch.cuda.synchronize()
+    names = [event.key for event in profile.key_averages()]
+    assert sum(event.count for event in profile.key_averages() if "encode_both" in event.key) == 2, names
+    assert not any("clone" in key or "transpose" in key for key in names), names

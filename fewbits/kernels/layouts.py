@@ -1,0 +1,157 @@
+"""fp8 codes under one scale a matrix in both layouts, for compiled code and for all weights of a model at once.
+
+A matmul wants `left` row by row and `right` column by column, and each operand of a linear layer enters two matmuls, once
+as a matrix and once as its transpose: codes [R, C] and [C, R] written by one reading (4 bytes an element in bf16) save the
+pass that transposes codes later. The definition is `encode_both` of numerics/quantize.py.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewbits.formats import Format
+from fewbits.kernels.quantize import why_not as why_no_codes
+from fewbits.numerics.quantize import POWERS, carrier
+from fewbits.numerics.scaling import Granularity
+
+TILE = (
+    128,
+    128,
+)  # elements of bf16 in 64 registers of each of 256 threads; both layouts are written 128 bytes at a time
+_ALIGNED = 256  # bytes between the codes of two weights: a compiled graph copies inputs whose address is odd to it
+SCALE_STRIDE = 4  # numbers from one scale to the next, for the same reason: 16 bytes
+
+
+def why_not(x: Tensor, format: Format, granularity: Granularity, rounding: str, scales: str) -> str:
+    """What keeps these kernels from a matrix, or "": fp8 under one power of two, rounded to nearest even."""
+    if format.kind != "float" or carrier(format) != format.dtype or format.bits != 8:
+        return f"{format} is not fp8"
+    if granularity != Granularity() or scales not in POWERS or rounding != "nearest-even":
+        return f"{scales} scales by {granularity}, rounded {rounding}; one power of two, rounded to nearest even fits"
+    return why_no_codes(x, format, rounding)
+
+
+def encode_both(x: Tensor, scale: Tensor, format: Format, sums: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`encode_both` of numerics/quantize.py as one call that a compiler keeps: codes bit for bit, sums in another order.
+
+    x: bf16, fp16 or fp32 [R, C]; scale: fp32 [1, 1]. The sums of the columns are None unless asked for.
+    """
+    codes, codes_t, parts = _operator()(x.contiguous(), scale, format.name, sums)
+    return codes, codes_t, parts.sum(0) if sums else None
+
+
+@cache
+def _operator() -> Any:
+    """The operator, made when first needed: naming its kernels imports Triton.
+
+    A compiler sees the kernel inside and calls it as one of its own, which costs the host less than an operator of Python.
+    """
+    from torch.library import triton_op
+
+    return triton_op("fewbits::encode_both", mutates_args=())(_encode_both)
+
+
+def _encode_both(x: Tensor, scale: Tensor, format: str, sums: bool) -> tuple[Tensor, Tensor, Tensor]:
+    from torch.library import wrap_triton
+
+    from fewbits.kernels.quantize_triton import encode_both_kernel
+
+    fmt = Format.parse(format)
+    (R, C), (BM, BN) = x.shape, TILE
+    codes = torch.empty(R, C, dtype=carrier(fmt), device=x.device)
+    codes_t = torch.empty(C, R, dtype=carrier(fmt), device=x.device)
+    down, across = -(-R // BM), -(-C // BN)
+    parts = torch.empty(down if sums else 0, C, dtype=torch.float32, device=x.device)
+    kernel: Any = encode_both_kernel if _interpreted(encode_both_kernel) else wrap_triton(encode_both_kernel)
+    mantissa, lowest, limit = _constants(fmt)
+    kernel[(down * across,)](
+        x, scale, codes, codes_t, parts if sums else scale, R, C, across, mantissa=mantissa, lowest=lowest, limit=limit,
+        BM=BM, BN=BN, NATIVE=x.is_cuda, SUMS=sums, num_warps=8,
+    )  # fmt: skip
+    return codes, codes_t, parts
+
+
+class Held(NamedTuple):
+    """What `encode_all` makes of one matrix [R, C]: codes [R, C] and [C, R], each row by row, and their scale, fp32 [1, 1]."""
+
+    codes: Tensor
+    codes_t: Tensor
+    scale: Tensor
+
+
+def encode_all(matrices: Sequence[Tensor], format: Format, earlier: Tensor | None = None) -> tuple[list[Held], Tensor]:
+    """Many matrices in fp8 under a power of two each, in three launches: `quantize` with scales of the tensor, bit for bit.
+
+    matrices: of one dtype and device, each row by row. earlier: for delayed scaling, fp32 [matrices] with any stride: the
+    largest magnitude that each is scaled by, 0 for its own. Returns codes and scales, and the largest magnitudes, fp32
+    [matrices]; a matrix that is not finite gets the scale NaN.
+    """
+    from fewbits.kernels.quantize_triton import amax_all_kernel, encode_all_kernel
+
+    device, (BM, BN) = matrices[0].device, TILE
+    known = _table(tuple((m.data_ptr(), m.shape[0], m.shape[1]) for m in matrices), str(device))
+    amax = torch.zeros(len(matrices), dtype=torch.int32, device=device)
+    scale = torch.empty(len(matrices), SCALE_STRIDE, device=device)
+    codes = torch.empty(known.length, dtype=carrier(format), device=device)
+    codes_t = torch.empty_like(codes)
+    native = device.type == "cuda"
+    grid, options = (len(known.owners),), {"BM": BM, "BN": BN, "EVEN": known.even, "num_warps": 8}
+    first = matrices[0].detach()
+    amax_all_kernel[grid](first, known.table, known.owners, amax, **options)
+    mantissa, lowest, limit = _constants(format)
+    exponent = math.frexp(format.max)[1]
+    encode_all_kernel[grid](
+        first, known.table, known.owners, amax, scale if earlier is None else earlier, codes, codes_t, scale,
+        0 if earlier is None else earlier.stride(0), SCALE_STRIDE, format.max, exponent - 1, limit & 0x7FFFFF,
+        mantissa=mantissa, lowest=lowest, limit=limit, NATIVE=native, DELAYED=earlier is not None, **options,
+    )  # fmt: skip
+    held = []
+    for i, (matrix, at) in enumerate(zip(matrices, known.places, strict=True)):
+        R, C = matrix.shape
+        one = scale.as_strided((1, 1), (1, 1), i * SCALE_STRIDE)
+        held.append(Held(codes.as_strided((R, C), (C, 1), at), codes_t.as_strided((C, R), (R, 1), at), one))
+    return held, amax.view(torch.float32)
+
+
+class _Table(NamedTuple):
+    """Where the matrices lie, as `_place` of the kernels reads it, and the matrix that each program belongs to."""
+
+    table: Tensor
+    owners: Tensor
+    places: tuple[int, ...]
+    length: int
+    even: bool
+
+
+@lru_cache(maxsize=8)
+def _table(matrices: tuple[tuple[int, int, int], ...], device: str) -> _Table:
+    """Made and sent to the device once for matrices of these addresses, rows and columns."""
+    rows: list[tuple[int, ...]] = []
+    owners: list[int] = []
+    places, length = [], 0
+    for number, (address, R, C) in enumerate(matrices):
+        rows.append((address, length, R, C, len(owners)))
+        owners += [number] * (-(-R // TILE[0]) * -(-C // TILE[1]))
+        places.append(length)
+        length += -(-R * C // _ALIGNED) * _ALIGNED
+    even = all(value % 16 == 0 for row in rows for value in row[:4])
+    table = torch.tensor(rows, dtype=torch.int64, device=device)
+    return _Table(table, torch.tensor(owners, dtype=torch.int32, device=device), tuple(places), length, even)
+
+
+def _constants(format: Format) -> tuple[int, int, int]:
+    """Mantissa bits, biased fp32 exponent of the smallest normal number, bits of the largest."""
+    (limit,) = struct.unpack("<i", struct.pack("<f", format.max))
+    return format.mantissa_bits, 127 + format.min_exponent, limit
+
+
+def _interpreted(kernel: Any) -> bool:
+    """Whether Triton's interpreter runs the kernel; torch 2.11 does not wrap such a one."""
+    return type(kernel).__name__ == "InterpretedFunction"

@@ -1,0 +1,136 @@
+"""fp8 codes in both layouts are those of the definition, bit for bit (in Triton's interpreter)."""
+
+# ruff: noqa: E402  the interpreter is chosen before triton is imported
+import math
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+triton = pytest.importorskip("triton")
+
+from fewbits.formats import Format
+from fewbits.kernels import layouts
+from fewbits.numerics import quantize as definition
+from fewbits.numerics.scaling import Granularity, power_of_two_scale
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() or not triton.knobs.runtime.interpret,
+    reason="tests/gpu has the device's own; or no interpreter",
+)
+
+FORMATS = ("fp8_e4m3", "fp8_e5m2")
+SHAPES = ((1, 1), (3, 5), (130, 3), (2, 300), (129, 257), (16, 48))
+
+
+def matrix(shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Values over many binades, with zeros, so that subnormal codes, ties and saturation all come up."""
+    x = torch.randn(shape) * torch.randn(shape).mul(4).exp()
+    return torch.where(torch.rand(shape) < 0.05, 0.0, x).clamp(-6e4, 6e4).to(dtype)
+
+
+def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Which NaN it is does not matter, the sign of a zero does."""
+    assert ours.dtype == theirs.dtype and ours.is_contiguous()
+    mine, other = ours.float(), theirs.float()
+    assert torch.equal(mine.isnan(), other.isnan())
+    assert torch.equal(*(values.nan_to_num(nan=0.0).contiguous().view(torch.int32) for values in (mine, other)))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_one_reading_gives_the_codes_of_the_definition_in_both_layouts(format, dtype):
+    fmt = Format.parse(format)
+    for shape in SHAPES:
+        x = matrix(shape, dtype)
+        own = definition.quantize(x, fmt).scale
+        for scale in (own, own * 2.0**-9, own * 2.0**9):  # a delayed scale saturates, or leaves range idle
+            codes, codes_t, sums = layouts.encode_both(x, scale, fmt, sums=True)
+            wanted, wanted_t, wanted_sums = definition.encode_both(x, scale, fmt)
+            same(codes, wanted)
+            same(codes_t, wanted_t)
+            # 128 numbers in a tile, then the tiles: at most R roundings of fp32, each 2^-24 of a sum of magnitudes
+            bound = 2.0**-24 * shape[0] * x.float().abs().sum(0)
+            assert sums is not None and bool(((sums - wanted_sums).abs() <= 2 * bound).all())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_largest_and_smallest_scales_are_inverted_exactly(format):
+    fmt = Format.parse(format)
+    for amax in (0.0, 2.0**-140, 1e-38, 1e38, 3e38):
+        x = torch.tensor([[amax, -amax / 3, 0.0]])
+        scale = power_of_two_scale(torch.tensor([[amax]]), fmt.max)
+        same(layouts.encode_both(x, scale, fmt)[0], definition.encode(x, scale, fmt, Granularity(), scales="delayed"))
+
+
+def test_a_matrix_that_lies_column_by_column_is_taken_too():
+    fmt = Format.parse("fp8_e4m3")
+    x = matrix((40, 70))
+    scale = definition.quantize(x, fmt).scale
+    for ours, theirs in zip(
+        layouts.encode_both(x.t(), scale, fmt)[:2], layouts.encode_both(x, scale, fmt)[1::-1], strict=True
+    ):
+        same(ours, theirs)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("shapes", [SHAPES, ((16, 48), (128, 256), (256, 64))], ids=["ragged", "in sixteens"])
+def test_matrices_together_get_the_codes_that_each_gets_alone(format, shapes):
+    fmt = Format.parse(format)
+    matrices = [matrix(shape) for shape in shapes]
+    held, amax = layouts.encode_all(matrices, fmt)
+    for x, one, largest in zip(matrices, held, amax, strict=True):
+        wanted = definition.quantize(x, fmt)
+        assert torch.equal(one.scale, wanted.scale)
+        assert float(largest) == float(x.abs().max())
+        same(one.codes, wanted.codes)
+        same(one.codes_t, wanted.codes.t().contiguous())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_matrix_that_is_not_finite_gets_the_scale_nan_and_the_others_their_own(value):
+    fmt = Format.parse("fp8_e4m3")
+    matrices = [matrix((20, 30)), matrix((140, 20)), matrix((3, 7))]
+    matrices[1][135, 3] = value
+    earlier = torch.tensor([0.0, 3.0, 5.0])
+    for known in (None, earlier):
+        held, amax = layouts.encode_all(matrices, fmt, known)
+        assert [bool(one.scale.isnan()) for one in held] == [False, True, False]
+        assert [bool(largest.isfinite()) for largest in amax] == [True, False, True]
+        assert bool(held[1].codes.float().isnan().all()) and bool(held[1].codes_t.float().isnan().all())
+        same(held[0].codes, definition.quantize(matrices[0], fmt).codes)
+
+
+def test_earlier_maxima_scale_where_they_are_known():
+    fmt = Format.parse("fp8_e4m3")
+    matrices = [matrix((20, 30)), matrix((130, 20))]
+    earlier = torch.tensor([[9.0, 0.0], [9.0, 2.0**7]])[:, 1]  # with a stride
+    held, amax = layouts.encode_all(matrices, fmt, earlier)
+    for x, one, known, own in zip(matrices, held, earlier, amax, strict=True):
+        scale = power_of_two_scale((known if known > 0 else own).view(1, 1), fmt.max)
+        assert torch.equal(one.scale, scale)
+        same(one.codes, definition.encode(x, scale, fmt, Granularity(), scales="delayed"))
+
+
+def test_codes_of_many_matrices_lie_where_compiled_graphs_take_them_without_a_copy():
+    held, _ = layouts.encode_all([matrix((5, 7)), matrix((9, 3)), matrix((2, 2))], Format.parse("fp8_e4m3"))
+    for one in held:
+        for tensor in one:
+            assert (tensor.storage_offset() * tensor.element_size()) % 16 == 0
+
+
+def test_what_does_not_fit_is_named():
+    x, e4m3 = matrix((4, 4)), Format.parse("fp8_e4m3")
+    row, tensor = Granularity(1, 0), Granularity()
+    assert layouts.why_not(x, e4m3, tensor, "nearest-even", "power-of-two") == ""
+    for arguments in (
+        (x, Format.parse("int8"), tensor, "nearest-even", "power-of-two"),
+        (x, Format.parse("fp6_e2m3"), tensor, "nearest-even", "power-of-two"),
+        (x, e4m3, row, "nearest-even", "power-of-two"),
+        (x, e4m3, tensor, "stochastic", "power-of-two"),
+        (x, e4m3, tensor, "nearest-even", "exact"),
+        (x[:0], e4m3, tensor, "nearest-even", "power-of-two"),
+    ):
+        assert layouts.why_not(*arguments)
