@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fewbits.choice import Choice
 from fewbits.formats import Format
 from fewbits.kernels import quantize as twin
+from fewbits.kernels import update as update_twin
 from fewbits.kernels.int8_matmul import int8_matmul
 from fewbits.numerics import quantize as definition
 from fewbits.numerics.quantize import Key, Quantized
@@ -68,6 +69,27 @@ def quantize(x: Tensor, format: Format, granularity: Granularity, rounding: str,
     if scales == "full-range" or twin.why_not(x, format, rounding):
         return definition.quantize(x, format, granularity, rounding, seed, scales)
     return twin.quantize(x, format, granularity, rounding, seed, scales)
+
+
+def update_execution(device: torch.device) -> Choice:
+    """What updates the weights on a device: the Triton "kernel", the definition "compiled", or the definition "eager".
+
+    The kernel is tried on a few numbers, once a process; where it fails, the reason says how.
+    """
+    if device.type != "cuda":
+        return Choice("eager", f"on a {device.type} the update runs in cache-sized pieces, and compiling takes seconds")
+    if not update_twin.installed():
+        return Choice("eager", "Triton is not installed, and neither kernel nor torch.compile run on CUDA without")
+    key = ("update", device.type)
+    if key not in _choices:
+        with torch.no_grad(), _disable_current_modes():
+            reason = update_twin.failure(device)
+        _choices[key] = (
+            Choice("compiled", reason)
+            if reason
+            else Choice("kernel", "one launch over all tensors, one pass over memory")
+        )
+    return _choices[key]
 
 
 def probed(name: str, device: torch.device, probe: Callable[[], str]) -> Choice:
