@@ -25,7 +25,7 @@ from fewbits.numerics.loss import IGNORE, gradient_factor
 from fewbits.numerics.random import keyed_random, mix_key
 from fewbits.numerics.wide import widen
 from fewbits.optim.base import Optimizer
-from fewbits.optim.clip import check_kind, coefficient, measure
+from fewbits.optim.clip import check_kind, coefficient
 from fewbits.optim.loss_scale import LossScale, parse
 from fewbits.optim.schedule import Schedule
 from fewbits.precision.precision import Precision
@@ -148,7 +148,7 @@ class Step:
             loss = self._forward_backward(micro_batches, scale)
         gradients = self._gradients()
         inv_scale = scale.to(self.wide).reciprocal()
-        grad_norm = measure(list(gradients.values()), self.clip_kind) * inv_scale
+        grad_norm = self.optimizer.grad_norm(gradients, self.clip_kind) * inv_scale
         finite = torch.isfinite(grad_norm) & torch.isfinite(loss)
         applied = finite & ~self.latched
         factor, by_value = inv_scale, self.clip if self.clip_kind == "value" else None

@@ -13,6 +13,7 @@ from fewbits.choice import Choice
 from fewbits.formats import Format
 from fewbits.kernels import layouts
 from fewbits.kernels import quantize as twin
+from fewbits.kernels import update as update_twin
 from fewbits.kernels.int8_matmul import int8_matmul
 from fewbits.numerics import quantize as definition
 from fewbits.numerics.quantize import Both, Key, Quantized
@@ -135,6 +136,27 @@ def in_layouts(x: Tensor, format: Format, granularity: Granularity, rounding: st
 def _traced(x: Tensor) -> bool:
     """Whether a compiler looks at what happens to x: what it traces with is a class of its own."""
     return type(x) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling()
+
+
+def update_execution(device: torch.device) -> Choice:
+    """What updates the weights on a device: the Triton "kernel", the definition "compiled", or the definition "eager".
+
+    The kernel is tried on a few numbers, once a process; where it fails, the reason says how.
+    """
+    if device.type != "cuda":
+        return Choice("eager", f"on a {device.type} the update runs in cache-sized pieces, and compiling takes seconds")
+    if not update_twin.installed():
+        return Choice("eager", "Triton is not installed, and neither kernel nor torch.compile run on CUDA without")
+    key = ("update", device.type)
+    if key not in _choices:
+        with torch.no_grad(), _disable_current_modes():
+            reason = update_twin.failure(device)
+        _choices[key] = (
+            Choice("compiled", reason)
+            if reason
+            else Choice("kernel", "one launch over all tensors, one pass over memory")
+        )
+    return _choices[key]
 
 
 def probed(name: str, device: torch.device, probe: Callable[[], str]) -> Choice:

@@ -8,28 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fewbits.choice import Choice
 from fewbits.errors import FewbitsError
+from fewbits.kernels.update import Cut, norm
 from fewbits.nn import remainder
 from fewbits.numerics.wide import wide_dtype
-from fewbits.optim import engine, master, moments, sharding
+from fewbits.optim import bundles, clip, engine, master, moments, sharding
+from fewbits.optim.bundles import Bundle, Tables
 from fewbits.optim.sharding import local
 from fewbits.precision.kinds import check_master, check_moments
 
 Scalar = float | Tensor
-
-
-class Bundle(NamedTuple):
-    """Parameters that can share one call."""
-
-    group: dict[str, Any]
-    since: Tensor
-    items: list[engine.Item]
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -63,6 +57,8 @@ class Optimizer(torch.optim.Optimizer):
         self.applied_steps: Tensor = torch.zeros((), dtype=torch.int64, device=device)
         self._one: Tensor = torch.ones((), device=device)
         self._constants: dict[float, Tensor] = {}
+        self._tables: Tables | None = None
+        self.cut = Cut()
 
     # What a subclass defines
 
@@ -129,6 +125,18 @@ class Optimizer(torch.optim.Optimizer):
         """
         self._apply(factor, applied, lr_factor, clip_value, gradients)
 
+    @torch.no_grad()
+    def grad_norm(self, gradients: Mapping[Any, Tensor], kind: str = "norm") -> Tensor:
+        """`clip.measure` of the gradients of this optimizer's parameters, by one launch where the kernel runs.
+
+        gradients: parameter -> gradient, as for `apply`.
+        """
+        if self.execution.value == "kernel":
+            tables = self._current_tables(gradients)
+            if tables.tables and tables.whole and not tables.rest:
+                return norm(tables.tables, clip.check_kind(kind))
+        return clip.measure(list(gradients.values()), kind)
+
     def _apply(
         self,
         factor: Tensor,
@@ -137,24 +145,65 @@ class Optimizer(torch.optim.Optimizer):
         clip_value: float | Tensor | None,
         gradients: Mapping[Any, Tensor] | None,
     ) -> None:
-        bundles = self._bundles(gradients)
+        tables = self._current_tables(gradients) if self.execution.value == "kernel" else None
+        found = self._bundles(gradients) if tables is None else tables.rest
         if applied is not None and applied.device.type == "cpu":
             if not bool(applied):
                 return
             applied = None
         if clip_value is not None and not isinstance(clip_value, Tensor):
             clip_value = self._constant(float(clip_value)).float()
+        if tables is not None:
+            self._run_tables(tables, factor, applied, lr_factor, clip_value)
+        if found:
+            self._run_bundles(found, factor, applied, lr_factor, clip_value)
+        self.applied_steps += 1 if applied is None else applied
+
+    def _run_bundles(
+        self,
+        found: Mapping[Any, Bundle],
+        factor: Tensor,
+        applied: Tensor | None,
+        lr_factor: Tensor,
+        clip_value: Tensor | None,
+    ) -> None:
         count: Scalar = self.applied_steps + 1
         if self.applied_steps.device.type == "cpu":
             count = int(self.applied_steps) + 1
         known: dict[Any, tuple[engine.Rule, Tensor]] = {}
-        for (index, kind, dtype, _, born), bundle in bundles.items():
+        for (index, kind, dtype, _, born), bundle in found.items():
             key = (index, born, wide_dtype(dtype))
             if key not in known:
                 known[key] = self._rule_and_scalars(bundle, count, lr_factor, wide_dtype(dtype))
             rule, scalars = known[key]
             self._run(bundle.items, engine.Settings(rule, kind, factor, clip_value, applied, scalars))
-        self.applied_steps += 1 if applied is None else applied
+
+    def _current_tables(self, gradients: Mapping[Any, Tensor] | None) -> Tables:
+        """The tables of the parameters and gradients as they lie now, made anew where something other than a gradient moved.
+
+        Tables with a rest serve this call alone: they hold its gradients.
+        """
+        where = bundles.layout(self.param_groups, self.state, gradients, self.group_moments)
+        if self._tables is not None and where is not None and self._tables.follow(where):
+            return self._tables
+        found = self._bundles(gradients)
+        where = where or bundles.layout(self.param_groups, self.state, gradients, self.group_moments)
+        assert where is not None  # state is there now, and `_bundles` has refused sparse gradients
+        tables = Tables(where, found, type(self).rule, list(self.defaults), self.cut)
+        self._tables = None if tables.rest else tables
+        return tables
+
+    def _run_tables(
+        self, tables: Tables, factor: Tensor, applied: Tensor | None, lr_factor: Tensor, clip_value: Tensor | None
+    ) -> None:
+        if not tables.tables:
+            return
+        scalars = tables.scalars.values(self.scalars, self.applied_steps + 1, lr_factor)
+        always = self._one > 0 if applied is None else applied
+        limit = None if clip_value is None else clip_value.float()
+        for table in tables.tables:
+            table.update(scalars, factor.float(), limit, always)
+        torch.autograd.graph.increment_version(tables.weights)  # a backward that would use stale weights says so
 
     def _run(self, items: list[engine.Item], settings: engine.Settings) -> None:
         for part in engine.parts(items):  # so that a compiler that fails late makes nothing update twice
@@ -173,6 +222,7 @@ class Optimizer(torch.optim.Optimizer):
     def _bundles(self, gradients: Mapping[Any, Tensor] | None) -> dict[Any, Bundle]:
         """Everything that has a gradient, state made where missing, grouped by what can share one call."""
         found: dict[Any, Bundle] = {}
+        place = 0
         since: Tensor | None = None  # shared by all parameters born in this call
         for index, group in enumerate(self.param_groups):
             for parameter in group["params"]:
@@ -190,7 +240,8 @@ class Optimizer(torch.optim.Optimizer):
                 kind = self.master_kind(parameter)
                 key = (index, kind, parameter.dtype, gradient.dtype, id(state["since"]))
                 bundle = found.setdefault(key, Bundle(group, state["since"], []))
-                bundle.items.append(engine.Item(local(parameter), local(gradient), kept, held))
+                bundle.items.append(engine.Item(local(parameter), local(gradient), kept, held, place))
+                place += 1
         return found
 
     def _make_state(self, parameter: Tensor, group: dict[str, Any], since: Tensor) -> None:
@@ -421,8 +472,11 @@ class Optimizer(torch.optim.Optimizer):
         self.applied_steps.copy_(tensors["applied_steps"])
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("master", "moments", "compile", "execution", "applied_steps", "_one", "_constants")
+        names = ("master", "moments", "compile", "execution", "applied_steps", "_one", "_constants", "cut")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_tables": None})  # addresses mean nothing elsewhere
 
 
 def check_number(name: str, value: Any) -> None:

@@ -7,7 +7,6 @@ weight comes from the same lines (and the same compiled arithmetic) for all of t
 from __future__ import annotations
 
 import functools
-import importlib.util
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from fewbits.choice import Choice
 from fewbits.errors import FewbitsError
+from fewbits.kernels.dispatch import update_execution
 from fewbits.numerics.wide import wide_dtype
 from fewbits.optim import master
 
@@ -33,12 +33,14 @@ class Item:
     """One parameter's local tensors, all of one shape.
 
     working: bf16, fp16, fp32 or fp64; gradient: any float; master: fp32, int16 or None; moments: fp32 (fp64 with fp64).
+    place: its number among all parameters of the step that have a gradient.
     """
 
     working: Tensor
     gradient: Tensor
     master: Tensor | None
     moments: tuple[Tensor, ...]
+    place: int = 0
 
     def stored(self) -> list[Tensor]:
         """What an update changes."""
@@ -105,18 +107,14 @@ def compiled_update(*variant: object) -> Callable[..., None]:
 
 
 def choose_execution(compile: bool | str, device: torch.device) -> Choice:
-    """Choice("compiled" | "eager", reason) for updates on `device`; `compile` is "auto", True or False."""
+    """Choice("kernel" | "compiled" | "eager", reason) for updates on `device`; `compile` is "auto", True or False."""
     if compile is False:
         return Choice("eager", "compile=False was given")
     if compile is True:
         return Choice("compiled", "compile=True was given")
     if compile != "auto":
         raise FewbitsError(f"compile={compile!r} does not fit; use 'auto', True or False.")
-    if device.type != "cuda":
-        return Choice("eager", f"on a {device.type} the update runs in cache-sized pieces, and compiling takes seconds")
-    if importlib.util.find_spec("triton") is None:
-        return Choice("eager", "Triton is not installed, and torch.compile needs it on CUDA")
-    return Choice("compiled", "one pass over memory instead of one per operation")
+    return update_execution(device)
 
 
 def is_compiler_failure(error: Exception) -> bool:

@@ -48,9 +48,12 @@ def settings(step: int, parameters: list[nn.Parameter], dtype: torch.dtype) -> d
     return {"gradients": gradients, "applied": applied, "factor": rates[0], "lr_factor": rates[1]}
 
 
-@pytest.mark.parametrize("compile", [True, False])
+EXECUTIONS = {"auto": "kernel", True: "compiled", False: "eager"}
+
+
+@pytest.mark.parametrize("compile", EXECUTIONS)
 @pytest.mark.parametrize("make", [AdamW, Adam, SGD])
-def test_split_and_fp32_master_agree_bit_for_bit_on_the_device(make: type[Optimizer], compile: bool):
+def test_split_and_fp32_master_agree_bit_for_bit_on_the_device(make: type[Optimizer], compile: bool | str):
     runs = []
     for kind in ("split", "fp32"):
         parameters = parameters_of(torch.bfloat16)
@@ -59,7 +62,7 @@ def test_split_and_fp32_master_agree_bit_for_bit_on_the_device(make: type[Optimi
         for parameters, optimizer in runs:
             optimizer.apply(**settings(step, parameters, torch.bfloat16))
     (ours, split), (others, whole) = runs
-    assert split.execution.value == ("compiled" if compile else "eager")
+    assert split.execution.value == EXECUTIONS[compile]
     assert 120 < int(split.applied_steps) < 190
     for a, b in zip(ours, others, strict=True):
         exact = split.exact_weight(a)
@@ -70,13 +73,15 @@ def test_split_and_fp32_master_agree_bit_for_bit_on_the_device(make: type[Optimi
             assert torch.equal(split.state[a][name], whole.state[b][name])
 
 
-@pytest.mark.parametrize("compile", [True, False])
+@pytest.mark.parametrize("compile", EXECUTIONS)
 @pytest.mark.parametrize(
     "dtype, kind",
     [(torch.bfloat16, "split"), (torch.bfloat16, "none"), (torch.float16, "fp32"), (torch.float32, "none")],
 )
 @pytest.mark.parametrize("clip_value", [None, 0.5])
-def test_a_step_never_waits_for_the_device(dtype: torch.dtype, kind: str, compile: bool, clip_value: float | None):
+def test_a_step_never_waits_for_the_device(
+    dtype: torch.dtype, kind: str, compile: bool | str, clip_value: float | None
+):
     parameters = parameters_of(dtype)
     optimizer = AdamW(parameters, master=kind, compile=compile)
     scale = DynamicScale(interval=2)
@@ -110,10 +115,10 @@ def held(optimizer: Optimizer, parameters: list[nn.Parameter]) -> list[Tensor]:
     return [tensor.detach().clone().reshape(-1).view(torch.uint8) for tensor in tensors]
 
 
-@pytest.mark.parametrize("compile", [True, False])
+@pytest.mark.parametrize("compile", EXECUTIONS)
 @pytest.mark.parametrize("make", [AdamW, SGD])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_skipped_step_changes_no_bit_on_the_device(make: type[Optimizer], dtype: torch.dtype, compile: bool):
+def test_a_skipped_step_changes_no_bit_on_the_device(make: type[Optimizer], dtype: torch.dtype, compile: bool | str):
     parameters = parameters_of(dtype)
     optimizer = make(parameters, compile=compile)
     yes, no, one = (torch.tensor(value, device=CUDA) for value in (True, False, 1.0))
@@ -126,10 +131,11 @@ def test_a_skipped_step_changes_no_bit_on_the_device(make: type[Optimizer], dtyp
     assert all(torch.equal(a, b) for a, b in zip(before, held(optimizer, parameters), strict=True))
 
 
-def test_compiled_update_stays_within_rounding_of_torchs_fused_adamw():
+@pytest.mark.parametrize("compile", ["auto", True])
+def test_an_update_stays_within_rounding_of_torchs_fused_adamw(compile: bool | str):
     steps, lr = 100, 1e-2
     ours, theirs = (parameters_of(torch.float32) for _ in range(2))
-    mine = AdamW(ours, lr=lr)
+    mine = AdamW(ours, lr=lr, compile=compile)
     peer = torch.optim.AdamW(theirs, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
     for step in range(steps):
         generator = torch.Generator(CUDA).manual_seed(step)
@@ -231,8 +237,8 @@ def test_torchs_grad_scaler_drives_the_optimizer_without_waiting():
     assert scaler.get_scale() == 8.0 and int(optimizer.applied_steps) == 1
 
 
-@pytest.mark.parametrize("compile", [True, False])
-def test_an_update_can_be_captured_in_a_graph_and_replayed(compile: bool):
+@pytest.mark.parametrize("compile", EXECUTIONS)
+def test_an_update_can_be_captured_in_a_graph_and_replayed(compile: bool | str):
     parameters, others = parameters_of(torch.bfloat16), parameters_of(torch.bfloat16)
     optimizer, plain = (AdamW(p, compile=compile) for p in (parameters, others))
     given = settings(0, parameters, torch.bfloat16)
@@ -257,7 +263,7 @@ def test_an_update_can_be_captured_in_a_graph_and_replayed(compile: bool):
 
 def test_many_sizes_neither_recompile_nor_fall_back():
     parameters = [nn.Parameter(torch.ones(40_000 + 7 * i, device=CUDA)) for i in range(20)]
-    optimizer = AdamW(parameters)
+    optimizer = AdamW(parameters, compile=True)
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
