@@ -204,7 +204,8 @@ class Step:
                 loss_sum = self.loss(self.model, micro_batch)
                 if loss_sum.dtype.itemsize < 4:
                     raise FewbitsError(f"the loss came as {loss_sum.dtype}; return the sum over real targets in fp32.")
-                (loss_sum * factor).backward()  # type: ignore[no-untyped-call]
+                # the very number that was announced arrives in the head, which then knows without asking the device
+                loss_sum.backward(factor.to(loss_sum.dtype).expand_as(loss_sum))  # type: ignore[no-untyped-call]
             total += loss_sum.detach()
             if len(micro_batches) > 1:
                 self._accumulate()

@@ -62,6 +62,36 @@ def quantize_execution(device: torch.device) -> Choice:
     return _choices[key]
 
 
+def loss_execution(device: torch.device) -> Choice:
+    """What makes losses and gradients of logits on a device: the Triton "kernel" or the "definition" (compiled where the
+    model is), which agree up to the order of sums."""
+    key = ("loss", device.type)
+    if key not in _choices:
+        if device.type != "cuda":
+            _choices[key] = Choice("definition", f"the kernel is for CUDA; this is {device.type}")
+        elif not twin.installed():
+            _choices[key] = Choice("definition", "triton is not installed")
+        else:
+            _choices[key] = Choice("kernel", "two readings of the logits, and the gradient written over them")
+    return _choices[key]
+
+
+def logits_format(asked: str, weight: torch.dtype, device: torch.device) -> Choice:
+    """The format of the logits that gradients are made from: what a precision asks for, "auto" where it leaves it open."""
+    if asked != "auto":
+        return Choice(asked, "asked for")
+    working = Format.parse(weight)
+    key = (f"logits of {working}", device.type)
+    if key not in _choices:
+        if device.type == "cuda" and working.bits == 16:
+            reason = "half the bytes of fp32, 11 significant bits: a logit of 8 to 16 is off by 2^-8 at most"
+            _choices[key] = Choice("fp16", reason)
+        else:
+            wide = "fp64" if working.name == "fp64" else "fp32"
+            _choices[key] = Choice(wide, "as their sums are; 16 bits pay on CUDA with 16-bit weights")
+    return _choices[key]
+
+
 def quantize(x: Tensor, format: Format, granularity: Granularity, rounding: str, seed: Key, scales: str) -> Quantized:
     """`quantize` of a matrix by the twin that runs where it lies; codes and scales do not depend on which."""
     if _traced(x) or quantize_execution(x.device).value == "definition":

@@ -117,6 +117,7 @@ def prepare(model: nn.Module, precision: str | Precision, keep: Iterable[str] = 
             module.tf32 = precision.operand.name == "tf32" and name not in exceptions
     if isinstance(model, Transformer):
         model.tf32 = precision.operand.name == "tf32"
+        model.logits = precision.logits
     if precision.recipe:
         let_compilers_in(fake_linear if precision.recipe.fake else lowbit_linear)
     undo.hooks.append(model.register_forward_pre_hook(_cast_inputs(precision.working), with_kwargs=True))
@@ -173,6 +174,8 @@ def unprepare(model: nn.Module, optimizer: Any = None) -> nn.Module:
         module.__class__ = kind
     for hook in undo.hooks:
         hook.remove()
+    if isinstance(model, Transformer):
+        model.tf32, model.logits = False, "auto"
     for name in ("fewbits_precision", "fewbits_report", "fewbits_remainders", "fewbits_undo"):
         model.__dict__.pop(name, None)
     return model

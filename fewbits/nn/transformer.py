@@ -14,10 +14,11 @@ from fewbits.errors import FewbitsError
 from fewbits.kernels.dispatch import emulated
 from fewbits.nn.attention import Attention, document_mask, rotary_table
 from fewbits.nn.embedding import Embedding
-from fewbits.nn.head import Pieces, compiled_pieces, loss_sum
+from fewbits.nn.head import compiled_pieces, loss_sum
 from fewbits.nn.linear import FORMAT_OF, Linear, linear
 from fewbits.nn.norm import LayerNorm, RMSNorm
 from fewbits.numerics.activation import gelu
+from fewbits.numerics.loss import Pieces
 from fewbits.numerics.wide import widen
 
 # Beyond these a size is a typing error, not a model (the largest public models stay a factor of 10 below).
@@ -231,6 +232,7 @@ class Transformer(nn.Module):
         self._run_evaluate: Callable[..., Tensor] = _evaluate_block
         self._pieces: Pieces | None = None
         self.tf32 = False
+        self.logits = "auto"  # as Precision.logits
         self._initialize(seed)
 
     @torch.no_grad()
@@ -303,4 +305,4 @@ class Transformer(nn.Module):
         """Sum of the losses in nats over the real targets of {"input_ids", "labels", "documents"?, "positions"?}."""
         hidden = self.hidden(micro_batch["input_ids"], micro_batch.get("documents"), micro_batch.get("positions"))
         pieces = self._pieces if self.training else None
-        return loss_sum(hidden, self.head_weight, micro_batch["labels"], self.tf32, pieces)
+        return loss_sum(hidden, self.head_weight, micro_batch["labels"], self.tf32, pieces, self.logits)

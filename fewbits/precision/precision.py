@@ -32,6 +32,9 @@ class Precision:
     update_rounding: how the working weight is rounded after an update: "nearest" (ties away from zero).
     loss_scale: "none", "static:1024", "dynamic" or "dynamic:initial=65536,interval=2000" (any of initial, growth,
         backoff, interval, floor, ceiling, hysteresis).
+    logits: what the logits of the head are rounded to, once, from their fp32 sums, before the gradient is made of them (the
+        softmax itself runs in the reduction format; evaluation takes fp32 logits): "fp32", "fp16" or "bf16"; "auto" is fp16
+        on CUDA where the working weight has 16 bits, else the reduction format.
     recipe: how the matmuls of linear layers multiply in few bits; empty where they do not.
 
     Raises FewbitsError for fields that contradict each other.
@@ -46,11 +49,13 @@ class Precision:
     moments: str = "fp32"
     update_rounding: str = "nearest"
     loss_scale: str = "none"
+    logits: str = "auto"
     recipe: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss_scale", write(*read(self.loss_scale)))
         _check_master(self)
+        _check_logits(self)
         wide = "fp64" if self.working.name == "fp64" else "fp32"
         if self.moments != wide:
             raise FewbitsError(f"{self.name} keeps its moments in {wide} in this version, not '{self.moments}'.")
@@ -154,8 +159,8 @@ class Precision:
         except (TypeError, ValueError):
             raise FewbitsError("This is no precision: it is not a JSON object. Expected what to_json wrote.") from None
         names = {f.name for f in dataclasses.fields(Precision)}
-        if fields.get("schema") == "fewbits.precision/1":  # before there were recipes
-            fields.update(schema=SCHEMA, recipe="")
+        if fields.get("schema") in ADDED:
+            fields = {**ADDED[fields["schema"]], **fields, "schema": SCHEMA}
         if fields.pop("schema", None) != SCHEMA or set(fields) != names:
             raise FewbitsError(
                 f"This is no precision of this version: its fields are {', '.join(sorted(map(str, fields))) or 'none'}."
@@ -192,8 +197,13 @@ def _precision(
     )
 
 
-SCHEMA = "fewbits.precision/2"
-OVERRIDES = ("master", "moments", "update_rounding", "loss_scale")
+SCHEMA = "fewbits.precision/3"
+ADDED = {  # what a precision of an earlier schema did without
+    "fewbits.precision/1": {"recipe": "", "logits": "auto"},
+    "fewbits.precision/2": {"logits": "auto"},
+}
+OVERRIDES = ("master", "moments", "update_rounding", "loss_scale", "logits")
+LOGITS = ("auto", "fp32", "fp16", "bf16")
 RECIPE_KEYS = (*MATMULS, "accumulate")
 
 ALIASES: dict[str, str] = {
@@ -226,6 +236,18 @@ def _check_master(precision: Precision) -> None:
     if master in ("fp32", "split") and precision.is_true:
         mixed = precision.name.replace("-true", "-mixed")
         raise FewbitsError(f"{precision.name} keeps no masters, so master={master} contradicts it; use {mixed}.")
+
+
+def _check_logits(precision: Precision) -> None:
+    logits, working = precision.logits, precision.working.name
+    if logits not in LOGITS:
+        raise FewbitsError(f"There are no logits '{logits}'.{nearest(logits, LOGITS)} Use {', '.join(LOGITS)}.")
+    if logits == "fp32" and working == "fp64":
+        raise FewbitsError("fp64 has fp64 logits; use logits=auto.")
+    if logits in ("fp16", "bf16") and precision.working.bits != 16:
+        raise FewbitsError(f"{precision.name} has fp32 logits; logits={logits} goes with 16-bit working weights.")
+    if logits == "bf16" and working == "fp16":
+        raise FewbitsError("bf16 logits of fp16 weights would lose 3 bits and win none; use logits=fp16.")
 
 
 PRECISIONS: dict[str, Precision] = {

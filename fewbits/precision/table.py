@@ -34,6 +34,7 @@ def table(precision: Precision, report: object | None = None, device: object | N
     lines += [(name, "", _matmul(precision, name)) for name in MATMULS]
     lines += [("gradients", str(precision.gradient), "parameters' .grad; several micro-batches accumulate in "
                + str(precision.reduction))]  # fmt: skip
+    lines += [("logits", precision.logits, _logits_reason(precision))]
     lines += [_kept(precision, report)]
     sums = "softmax, norm statistics, loss, weight-gradient sums, accumulation"
     lines += [("reductions", str(precision.reduction), sums)]
@@ -127,6 +128,17 @@ def _outside(precision: Precision, report: Any) -> Row:
         f"{names[0] if len(names) == 1 else f'{len(names)} {kind}'} in {why}" for (kind, why), names in alike.items()
     )
     return ("few bits", "", f"{taken} linear layers by the recipe; {'; '.join(groups)}; buffers as they are")
+
+
+def _logits_reason(precision: Precision) -> str:
+    wide, once = precision.reduction, "rounded once from fp32 sums"
+    half = "half the bytes of fp32; beyond 65,504 the loss is not finite and the step withheld"
+    if precision.logits == "auto" and precision.working.bits == 16:
+        return f"fp16 on CUDA, {once} (why: {half}), {wide} elsewhere and in evaluation"
+    return {
+        "fp16": f"{once} (why: {half}); {wide} in evaluation",
+        "bf16": f"{once} (asked for: 8 significant bits, a logit of 8 to 16 is off by up to 2^-5); {wide} in evaluation",
+    }.get(precision.logits, f"{wide}, as their sums are")
 
 
 def _loss_scale_reason(precision: Precision) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fewbits
 from fewbits.nn.attention import attend
 from fewbits.nn.embedding import Embedding
 from fewbits.nn.linear import Linear
@@ -123,6 +124,59 @@ def test_gradients_are_right_when_no_factor_was_announced():
     torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-7)
 
 
+def scaled_in_backward(monkeypatch):
+    """How often the head's backward had to ask for the ratio of what arrived and what was announced."""
+    asked = []
+    same = loss._same
+    monkeypatch.setattr(loss, "_same", lambda grad, factor: same(grad, factor) or asked.append(1) or False)
+    return asked
+
+
+def test_the_announced_number_itself_is_known_when_it_arrives(monkeypatch):
+    asked = scaled_in_backward(monkeypatch)
+    hidden, weight, labels = torch.randn(70, 8), torch.randn(11, 8), torch.randint(11, (70,))
+    factor = torch.tensor(3.0)
+    found = []
+    for backward in (
+        lambda total: total.backward(factor),
+        lambda total: total.backward(factor.expand_as(total)),
+        lambda total: (total + 5).backward(factor),
+        lambda total: (total * factor).backward(),
+        lambda total: (3 * total).backward(),
+    ):
+        a = hidden.clone().requires_grad_()
+        with gradient_factor(factor):
+            backward(linear_cross_entropy(a, weight, labels))
+        found.append(a.grad)
+    assert all(torch.equal(other, found[0]) for other in found)
+    assert len(asked) == 2  # whoever multiplies the loss himself
+
+
+def test_a_step_announces_the_very_number_that_arrives(monkeypatch):
+    asked = scaled_in_backward(monkeypatch)
+    model = fewbits.prepare(
+        fewbits.Transformer(fewbits.ModelConfig(vocab_size=64, context=8, n_layer=1, n_head=1, n_embd=16)), "bf16"
+    )
+    step = fewbits.Step(model, fewbits.AdamW(model.parameters(), lr=1e-3), "bf16")
+    ids = torch.randint(64, (2, 8))
+    step([{"input_ids": ids, "labels": ids}] * 2)
+    assert not asked
+
+
+@pytest.mark.parametrize("logits", HALF_ULP, ids=str)
+def test_logits_in_16_bits_are_rounded_once_and_only_for_gradients(logits):
+    hidden, weight, labels = torch.randn(70, 8).bfloat16(), torch.randn(11, 8).bfloat16(), torch.randint(11, (70,))
+    rounded = (hidden.float() @ weight.float().t()).to(logits).double()
+    exact = torch.nn.functional.cross_entropy(rounded, labels, reduction="sum")
+    a = hidden.clone().requires_grad_()
+    torch.testing.assert_close(
+        linear_cross_entropy(a, weight, labels, logits=logits).double(), exact, rtol=1e-6, atol=0
+    )
+    with torch.no_grad():
+        found = linear_cross_entropy(a, weight, labels, logits=logits).double()
+    torch.testing.assert_close(found, exact_loss(hidden.double(), weight.double(), labels), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("kept", [0, 16 << 20])
 def test_head_gradient_of_a_large_vocabulary_is_summed_in_fp32_over_pieces(monkeypatch, native, kept):
@@ -143,7 +197,7 @@ def test_head_gradient_of_a_large_vocabulary_is_summed_in_fp32_over_pieces(monke
 def test_a_target_that_the_softmax_rounds_to_zero_has_its_loss_all_the_same():
     logits = torch.tensor([[0.0, 1000.0], [3.0, -2.0], [-500.0, 400.0]])
     labels = torch.tensor([0, 0, 1])
-    losses, gradient = softmax_gradient(logits.clone(), labels, torch.ones(()))
+    losses, gradient = softmax_gradient(logits.clone(), labels, torch.ones(()), torch.float32)
     exact = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
     torch.testing.assert_close(losses.double(), exact, rtol=2.0**-22, atol=2.0**-22)
     torch.testing.assert_close(gradient[0], torch.tensor([-1.0, 1.0]))
@@ -163,9 +217,9 @@ def test_gradients_of_all_logits_are_kept_in_bf16_up_to_a_bound_only(monkeypatch
 def test_the_logits_of_the_whole_batch_never_exist(monkeypatch):
     seen = []
 
-    def spy(logits, labels, factor):
+    def spy(logits, labels, factor, dtype):
         seen.append(logits.shape[0])
-        return softmax_gradient(logits, labels, factor)
+        return softmax_gradient(logits, labels, factor, dtype)
 
     hidden = torch.randn(1024, 8, requires_grad=True)
     linear_cross_entropy(hidden, torch.randn(64, 8), torch.randint(64, (1024,)), pieces=spy)

@@ -17,6 +17,9 @@ TEXTS = [
     "bf16-mixed, master=none",
     "fp16-mixed, loss_scale=none",
     "fp16-true, loss_scale=static:1024",
+    "bf16-mixed, logits=fp16",
+    "fp16-mixed, logits=fp32",
+    "fp8, logits=bf16",
     "bf16-mixed, master=fp32, loss_scale=dynamic:initial=1024,interval=100,floor=0.5",
 ]
 
@@ -99,6 +102,10 @@ def test_a_master_kind_that_is_asked_for_is_used():
         ("fp16, loss_scale=static:-1024", "power of two"),
         ("fp16, loss_scale=static:nan", "power of two"),
         ("fp16, loss_scale=static", "static:1024"),
+        ("bf16, logits=fp61", "Did you mean 'fp16'"),
+        ("fp32, logits=fp16", "16-bit working weights"),
+        ("fp64, logits=fp32", "fp64 logits"),
+        ("fp16, logits=bf16", "use logits=fp16"),
         ("fp16, loss_scale=dynamc", "Did you mean 'dynamic'"),
         ("fp16, loss_scale=dynamic:intervall=5", "Did you mean 'interval'"),
         ("fp16, loss_scale=dynamic:interval=0", "1 or more"),
@@ -124,6 +131,14 @@ def test_equal_loss_scales_have_one_spelling():
 def test_a_stored_precision_that_is_none_is_refused(stored):
     with pytest.raises(FewbitsError):
         Precision.from_json(stored)
+
+
+@pytest.mark.parametrize("name", ["bf16-mixed", "fp32", "fp16-true"])
+def test_a_precision_stored_by_an_earlier_version_is_read(name):
+    now = PRECISIONS[name].to_json()
+    second = {**{key: value for key, value in now.items() if key != "logits"}, "schema": "fewbits.precision/2"}
+    first = {**{key: value for key, value in second.items() if key != "recipe"}, "schema": "fewbits.precision/1"}
+    assert Precision.from_json(second) == Precision.from_json(first) == PRECISIONS[name]
 
 
 def test_replace_gives_another_value():

@@ -13,7 +13,7 @@ from fewbits.precision.hardware import Hardware
 from fewbits.precision.precision import PRECISIONS, Precision
 
 ROLES = ["precision", "role", "working weight", "master weight", "moments", "output", "grad_input", "grad_weight",
-         "gradients", "kept", "reductions", "loss scale", "runs"]  # fmt: skip
+         "gradients", "logits", "kept", "reductions", "loss scale", "runs"]  # fmt: skip
 OLD_CPU = Hardware("cpu", "an old CPU", measured=(("fp32", 60.0), ("bf16", 2.5), ("fp16", 0.5)))
 H100 = Hardware("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
 
@@ -50,6 +50,13 @@ def test_it_says_which_masters_and_which_loss_scale_and_why():
     assert "asked for" in row(Precision.parse("bf16-mixed, master=fp32").table(), "master weight")
     assert "vanish" in row(Precision.parse("fp16-mixed, loss_scale=none").table(), "loss scale")
     assert "runs" not in Precision.parse("fp32").table()
+
+
+def test_it_says_what_logits_are_rounded_to_and_where():
+    assert "fp16 on CUDA, rounded once" in row(Precision.parse("bf16").table(), "logits")
+    assert "fp32, as their sums are" in row(Precision.parse("fp16, logits=fp32").table(), "logits")
+    assert "fp64, as their sums are" in row(Precision.parse("fp64").table(), "logits")
+    assert "asked for: 8 significant bits" in row(Precision.parse("bf16, logits=bf16").table(), "logits")
 
 
 def test_it_tells_what_prepare_did():
