@@ -33,6 +33,8 @@ class Precision:
     loss_scale: "none", "static:1024", "dynamic" or "dynamic:initial=65536,interval=2000" (any of initial, growth,
         backoff, interval, floor, ceiling, hysteresis).
     recipe: how the matmuls of linear layers multiply in few bits; empty where they do not.
+    layers: which linear layers the recipe takes: "all" that it can, or "auto": each shape multiplies as fast as a timing on
+        this device shows that it can, by the whole recipe, a part of it, or in the working format (`choose_layers`).
 
     Raises FewbitsError for fields that contradict each other.
     """
@@ -47,6 +49,7 @@ class Precision:
     update_rounding: str = "nearest"
     loss_scale: str = "none"
     recipe: Recipe = field(default_factory=Recipe)
+    layers: str = "all"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss_scale", write(*read(self.loss_scale)))
@@ -56,6 +59,7 @@ class Precision:
             raise FewbitsError(f"{self.name} keeps its moments in {wide} in this version, not '{self.moments}'.")
         if self.update_rounding != "nearest":
             raise FewbitsError(f"update_rounding is 'nearest' in this version, not '{self.update_rounding}'.")
+        _check_layers(self)
 
     def __str__(self) -> str:
         """The name, then what differs from its defaults: "bf16-mixed, master=fp32", "fp8, grad_weight=bf16"."""
@@ -72,8 +76,12 @@ class Precision:
         """The precision of a name or alias, with overrides: "bf16-mixed, master=fp32, loss_scale=static:1024"; or a recipe
         over bf16-mixed, written out: "output=e4m3/row, grad_input=e5m2/tensor, grad_weight=bf16, accumulate=14bit".
 
+        NAME-auto is NAME with layers=auto.
+
         >>> Precision.parse("16-mixed").name
         'fp16-mixed'
+        >>> str(Precision.parse("fp8-auto"))
+        'fp8, layers=auto'
         >>> str(Precision.parse("bf16, master=auto, loss_scale=static:1024"))
         'bf16-mixed, loss_scale=static:1024'
         """
@@ -154,8 +162,8 @@ class Precision:
         except (TypeError, ValueError):
             raise FewbitsError("This is no precision: it is not a JSON object. Expected what to_json wrote.") from None
         names = {f.name for f in dataclasses.fields(Precision)}
-        if fields.get("schema") == "fewbits.precision/1":  # before there were recipes
-            fields.update(schema=SCHEMA, recipe="")
+        if fields.get("schema") in _ADDED:
+            fields = {**_ADDED[fields["schema"]], **fields, "schema": SCHEMA}
         if fields.pop("schema", None) != SCHEMA or set(fields) != names:
             raise FewbitsError(
                 f"This is no precision of this version: its fields are {', '.join(sorted(map(str, fields))) or 'none'}."
@@ -192,8 +200,13 @@ def _precision(
     )
 
 
-SCHEMA = "fewbits.precision/2"
-OVERRIDES = ("master", "moments", "update_rounding", "loss_scale")
+SCHEMA = "fewbits.precision/3"
+_ADDED = {  # by an earlier schema -> the fields that came since, as they were then
+    "fewbits.precision/1": {"recipe": "", "layers": "all"},
+    "fewbits.precision/2": {"layers": "all"},
+}
+OVERRIDES = ("master", "moments", "update_rounding", "loss_scale", "layers")
+LAYERS = ("all", "auto")
 RECIPE_KEYS = (*MATMULS, "accumulate")
 
 ALIASES: dict[str, str] = {
@@ -212,10 +225,30 @@ def _named(text: str) -> Precision:
     name = ALIASES.get(word, word)
     if name in (*PRECISIONS, "custom"):
         return PRECISIONS.get(name, _CUSTOM)
+    base = word.removesuffix("-auto")
+    if base != word and ALIASES.get(base, base) in PRECISIONS:
+        return PRECISIONS[ALIASES.get(base, base)].replace(layers="auto")
     raise FewbitsError(
         f"There is no precision '{text.strip()}'.{nearest(word, [*PRECISIONS, *ALIASES])} "
         f"Precisions are {', '.join(PRECISIONS)}."
     )
+
+
+def _check_layers(precision: Precision) -> None:
+    if precision.layers not in LAYERS:
+        raise FewbitsError(
+            f"layers={precision.layers} is unknown; use all or auto.{nearest(str(precision.layers), LAYERS)}"
+        )
+    if precision.layers == "auto" and not precision.recipe:
+        raise FewbitsError(
+            f"{precision.name} has no recipe to leave out where bf16 is faster, so layers=auto decides nothing; give it to one "
+            "that has, as in fp8-auto or int8-auto."
+        )
+    if precision.layers == "auto" and precision.recipe.fake:
+        raise FewbitsError(
+            f"{precision.name} trains for a quantized checkpoint, whose layers no timing may choose; use layers=all, and "
+            "keep= for those that stay out."
+        )
 
 
 def _check_master(precision: Precision) -> None:
