@@ -36,6 +36,7 @@ _HOME = {
     "StepResult": "fewbits.step",
     "load": "fewbits.checkpoint.hf",
     "compare": "fewbits.lab.compare",
+    "choose_layers": "fewbits.train.layers",
 }
 __all__ = [
     "SGD",
@@ -58,6 +59,7 @@ __all__ = [
     "Transformer",
     "__version__",
     "cast",
+    "choose_layers",
     "compare",
     "fake_quantize",
     "load",
@@ -85,6 +87,7 @@ if TYPE_CHECKING:
     from fewbits.precision.precision import Precision
     from fewbits.precision.recipe import Recipe
     from fewbits.step import Step, StepResult
+    from fewbits.train.layers import choose_layers
 
 
 def __getattr__(name: str) -> Any:

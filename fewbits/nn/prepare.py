@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
+from fewbits.choice import Choice
 from fewbits.errors import FewbitsError, nearest
 from fewbits.formats import Format
 from fewbits.nn import remainder
@@ -26,13 +27,14 @@ from fewbits.nn.embedding import Embedding
 from fewbits.nn.emulate import emulation, needed
 from fewbits.nn.fake import LEARNED, fake_linear, first_log_scale
 from fewbits.nn.linear import Linear
-from fewbits.nn.lowbit import ScaleHistory, let_compilers_in, lowbit_linear
+from fewbits.nn.lowbit import ScaleHistory, let_compilers_in, lowbit_linear, recipe_of
 from fewbits.nn.norm import LayerNorm, RMSNorm
 from fewbits.nn.packed import refuse_packed
 from fewbits.nn.transformer import Transformer
 from fewbits.numerics.random import mix_key
 from fewbits.numerics.update import join_master, round_away, split_master
 from fewbits.precision.precision import Precision
+from fewbits.precision.recipe import Recipe
 
 # torch's class -> ours, with what is better about it. Subclasses are left alone: they may mean something else.
 _TWINS: dict[type[nn.Module], tuple[type[nn.Module], str]] = {
@@ -65,7 +67,12 @@ class Report:
         return "\n".join([head, *("  ".join(row) for row in self.rows)])
 
 
-def prepare(model: nn.Module, precision: str | Precision, keep: Iterable[str] = ()) -> nn.Module:
+def prepare(
+    model: nn.Module,
+    precision: str | Precision,
+    keep: Iterable[str] = (),
+    layers: Mapping[str, Choice] | None = None,
+) -> nn.Module:
     """Makes `model` trainable in `precision`, in place, and returns it; `model.fewbits_report` says what changed.
 
     Args:
@@ -74,10 +81,12 @@ def prepare(model: nn.Module, precision: str | Precision, keep: Iterable[str] = 
         keep: name patterns of modules that stay out of the recipe ("lm_head", "layers.0.*"; in a precision without a
             recipe: out of the working format, in fp32), or are stored in a format of their own ("layers.3=fp32"): their
             inputs and outputs are cast.
+        layers: for every linear layer that the recipe takes, by name, the recipe that it gets (canonical text, or "bf16")
+            and why: what `choose_layers` returns. A precision with layers=auto needs it.
 
     Raises:
         FewbitsError: the model is prepared or quantized already, a pattern matches nothing, a parameter cannot be
-            rounded, or no layer is left for the recipe. The model is then unchanged.
+            rounded, no layer is left for the recipe, or `layers` are not those of the model. The model is then unchanged.
     """
     precision = Precision.parse(precision) if isinstance(precision, str) else precision
     if (before := getattr(model, "fewbits_precision", None)) is not None:
@@ -87,6 +96,7 @@ def prepare(model: nn.Module, precision: str | Precision, keep: Iterable[str] = 
     _refuse_not_finite(model)
     lowbit = eligible(model, precision.recipe, {*exceptions, *kept_out})
     _refuse_nothing(lowbit, precision)
+    chosen = _chosen([name for name, (taken, _) in lowbit.items() if taken], precision, layers)
     report = Report(precision)
     remainders: dict[str, Tensor] = {}
     undo = _Undo()
@@ -101,10 +111,11 @@ def prepare(model: nn.Module, precision: str | Precision, keep: Iterable[str] = 
         format, reason = exceptions.get(name, (precision.working, row[1]))
         what = f"kept in {format}" if name in exceptions else str(format)
         if name in lowbit:
-            taken, why_not = lowbit[name]
-            what, reason = (str(precision), "ours, by the recipe") if taken else (f"kept in {format}", why_not)
-            if taken:
-                _give_recipe(module, name, precision, undo)
+            choice = chosen.get(name, Choice("", lowbit[name][1]))
+            what, reason = f"kept in {format}", choice.reason
+            if choice.value:
+                what = _in_words(choice.value, precision)
+                _give_recipe(module, name, choice.value, undo)
         report.rows.append((name or "model", type(module).__name__, what, reason))
         for parameter in own:
             if id(parameter) in names:
@@ -181,20 +192,56 @@ def unprepare(model: nn.Module, optimizer: Any = None) -> nn.Module:
     return model
 
 
-def _give_recipe(module: nn.Module, name: str, precision: Precision, undo: _Undo) -> None:
+def _give_recipe(module: nn.Module, name: str, text: str, undo: _Undo) -> None:
     """Turns a linear layer of ours to few bits. A layer draws its own random numbers, set apart by its name; one whose
     scales are learned gets them as an fp32 parameter."""
     held: Any = module
-    held.recipe, held.fake = str(precision.recipe), precision.recipe.fake
-    if precision.recipe.fake and (learned := first_log_scale(held.weight, held.recipe)) is not None:
+    recipe = recipe_of(text)
+    held.recipe, held.fake = text, recipe.fake
+    if recipe.fake and (learned := first_log_scale(held.weight, held.recipe)) is not None:
         module.register_parameter(LEARNED, learned)
-    if precision.recipe.stochastic:
+    if recipe.stochastic:
         device = held.weight.device
         site = torch.tensor(mix_key(zlib.crc32(name.encode())), dtype=torch.int64, device=device)
         module.register_buffer("site", site, persistent=False)
-    if precision.recipe.delayed:
+    if recipe.delayed:
         held.history = ScaleHistory()
     undo.lowbit.append(module)
+
+
+def takes(model: nn.Module, precision: Precision, keep: Iterable[str] = ()) -> list[str]:
+    """Names of the linear layers that the recipe of `precision` takes in a model that is not prepared.
+
+    Raises FewbitsError where `prepare` would: a pattern of `keep` matches nothing, or no layer is left.
+    """
+    exceptions, kept_out = _exceptions(model, keep, precision)
+    lowbit = eligible(model, precision.recipe, {*exceptions, *kept_out})
+    _refuse_nothing(lowbit, precision)
+    return [name for name, (taken, _) in lowbit.items() if taken]
+
+
+def _chosen(names: list[str], precision: Precision, layers: Mapping[str, Choice] | None) -> dict[str, Choice]:
+    """For every layer that the recipe takes the text of its own, "" where it stays in the working format, and why."""
+    if layers is None and precision.layers == "auto":
+        raise FewbitsError(
+            f"{precision} is decided by a timing of this model's shapes. Give prepare what it found, "
+            f"layers=fewbits.choose_layers(model, '{precision}', tokens=...), or write layers=all."
+        )
+    if layers is None:
+        return dict.fromkeys(names, Choice(str(precision.recipe), "ours, by the recipe"))
+    if set(layers) != set(names):
+        odd = sorted(set(layers) ^ set(names))[0]
+        what = "is no linear layer that the recipe takes" if odd in layers else "is taken, and has no choice"
+        raise FewbitsError(f"layers= belongs to another model or another keep: '{odd}' {what}.")
+    recipes = {value: Recipe() if value == "bf16" else Recipe.parse(value) for value, _ in layers.values()}
+    return {name: Choice(str(recipes[c.value]) if recipes[c.value] else "", c.reason) for name, c in layers.items()}
+
+
+def _in_words(recipe: str, precision: Precision) -> str:
+    """How a report calls a layer's recipe: the precision where it is the whole of it, else with what is left out."""
+    if recipe == str(precision.recipe):
+        return str(precision)
+    return str(precision.replace(recipe=recipe_of(recipe), layers="all"))
 
 
 def _refuse_nothing(lowbit: Mapping[str, tuple[bool, str]], precision: Precision) -> None:

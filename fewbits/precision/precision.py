@@ -36,6 +36,8 @@ class Precision:
         softmax itself runs in the reduction format; evaluation takes fp32 logits): "fp32", "fp16" or "bf16"; "auto" is fp16
         on CUDA where the working weight has 16 bits, else the reduction format.
     recipe: how the matmuls of linear layers multiply in few bits; empty where they do not.
+    layers: which linear layers the recipe takes: "all" that it can, or "auto": each shape multiplies as fast as a timing on
+        this device shows that it can, by the whole recipe, a part of it, or in the working format (`choose_layers`).
 
     Raises FewbitsError for fields that contradict each other.
     """
@@ -51,6 +53,7 @@ class Precision:
     loss_scale: str = "none"
     logits: str = "auto"
     recipe: Recipe = field(default_factory=Recipe)
+    layers: str = "all"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss_scale", write(*read(self.loss_scale)))
@@ -61,6 +64,7 @@ class Precision:
             raise FewbitsError(f"{self.name} keeps its moments in {wide} in this version, not '{self.moments}'.")
         if self.update_rounding != "nearest":
             raise FewbitsError(f"update_rounding is 'nearest' in this version, not '{self.update_rounding}'.")
+        _check_layers(self)
 
     def __str__(self) -> str:
         """The name, then what differs from its defaults: "bf16-mixed, master=fp32", "fp8, grad_weight=bf16"."""
@@ -77,8 +81,12 @@ class Precision:
         """The precision of a name or alias, with overrides: "bf16-mixed, master=fp32, loss_scale=static:1024"; or a recipe
         over bf16-mixed, written out: "output=e4m3/row, grad_input=e5m2/tensor, grad_weight=bf16, accumulate=14bit".
 
+        NAME-auto is NAME with layers=auto.
+
         >>> Precision.parse("16-mixed").name
         'fp16-mixed'
+        >>> str(Precision.parse("fp8-auto"))
+        'fp8, layers=auto'
         >>> str(Precision.parse("bf16, master=auto, loss_scale=static:1024"))
         'bf16-mixed, loss_scale=static:1024'
         """
@@ -198,12 +206,13 @@ def _precision(
 
 
 SCHEMA = "fewbits.precision/3"
-ADDED = {  # what a precision of an earlier schema did without
-    "fewbits.precision/1": {"recipe": "", "logits": "auto"},
-    "fewbits.precision/2": {"logits": "auto"},
+ADDED = {  # by an earlier schema -> the fields that came since, as they were then
+    "fewbits.precision/1": {"recipe": "", "logits": "auto", "layers": "all"},
+    "fewbits.precision/2": {"logits": "auto", "layers": "all"},
 }
-OVERRIDES = ("master", "moments", "update_rounding", "loss_scale", "logits")
+OVERRIDES = ("master", "moments", "update_rounding", "loss_scale", "logits", "layers")
 LOGITS = ("auto", "fp32", "fp16", "bf16")
+LAYERS = ("all", "auto")
 RECIPE_KEYS = (*MATMULS, "accumulate")
 
 ALIASES: dict[str, str] = {
@@ -222,10 +231,30 @@ def _named(text: str) -> Precision:
     name = ALIASES.get(word, word)
     if name in (*PRECISIONS, "custom"):
         return PRECISIONS.get(name, _CUSTOM)
+    base = word.removesuffix("-auto")
+    if base != word and ALIASES.get(base, base) in PRECISIONS:
+        return PRECISIONS[ALIASES.get(base, base)].replace(layers="auto")
     raise FewbitsError(
         f"There is no precision '{text.strip()}'.{nearest(word, [*PRECISIONS, *ALIASES])} "
         f"Precisions are {', '.join(PRECISIONS)}."
     )
+
+
+def _check_layers(precision: Precision) -> None:
+    if precision.layers not in LAYERS:
+        raise FewbitsError(
+            f"layers={precision.layers} is unknown; use all or auto.{nearest(str(precision.layers), LAYERS)}"
+        )
+    if precision.layers == "auto" and not precision.recipe:
+        raise FewbitsError(
+            f"{precision.name} has no recipe to leave out where bf16 is faster, so layers=auto decides nothing; give it to one "
+            "that has, as in fp8-auto or int8-auto."
+        )
+    if precision.layers == "auto" and precision.recipe.fake:
+        raise FewbitsError(
+            f"{precision.name} trains for a quantized checkpoint, whose layers no timing may choose; use layers=all, and "
+            "keep= for those that stay out."
+        )
 
 
 def _check_master(precision: Precision) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 Row = tuple[str, str, str]
 KEPT = "embedding, head, router, norms, linear layers whose sides are not divisible by 16 or that are too small to gain"
 KEPT_FAKE = "embedding, head, router, norms, linear layers whose inputs the group does not divide"
+AUTO = "each shape in the recipe, a part of it, or 16 bits: what a timing here shows to be at least 2 % faster than 16 bits"
 
 _MASTER_WHERE = {
     "fp32": "optimizer, fp32 copy",
@@ -36,6 +37,7 @@ def table(precision: Precision, report: object | None = None, device: object | N
                + str(precision.reduction))]  # fmt: skip
     lines += [("logits", precision.logits, _logits_reason(precision))]
     lines += [_kept(precision, report)]
+    lines += [("layers", "auto", AUTO)] if precision.layers == "auto" else []
     sums = "softmax, norm statistics, loss, weight-gradient sums, accumulation"
     lines += [("reductions", str(precision.reduction), sums)]
     lines += [("loss scale", precision.loss_scale, _loss_scale_reason(precision))]

@@ -16,6 +16,7 @@ from fewbits.data.tokenizer import Tokenizer, build_tokenizer
 from fewbits.data.tokens import TokenStore
 from fewbits.errors import FewbitsError
 from fewbits.nn import remainder
+from fewbits.nn.layers import Layers
 from fewbits.nn.prepare import prepare
 from fewbits.nn.transformer import Transformer
 from fewbits.optim.adamw import Adam, AdamW
@@ -72,6 +73,12 @@ class Training:
         remainders.clear()
 
     @property
+    def running_precision(self) -> Precision:
+        """The precision whose speed counts: bf16-mixed where layers=auto left every layer in bf16."""
+        layers = self.choices.layers
+        return self.precision if not layers or layers.lowbit else Precision.parse("bf16-mixed")
+
+    @property
     def tokens_per_step(self) -> int:
         """Target positions in one step."""
         return self.config.train.batch_size * self.config.model.context
@@ -126,7 +133,8 @@ def build_training(config: Config, choices: Choices, data: Data | None = None) -
         config.train.seed,
         config.data.mask_documents,
     )
-    model, optimizer, step = build_step(config, precision, device, choices.compile.value)
+    layers = choices.layers or None
+    model, optimizer, step = build_step(config, precision, device, choices.compile.value, layers)
     schedule = schedule_of(config)
     return Training(
         config, choices, precision, device, model, optimizer, schedule, step,
@@ -135,11 +143,13 @@ def build_training(config: Config, choices: Choices, data: Data | None = None) -
 
 
 def build_step(
-    config: Config, precision: Precision, device: torch.device, compile: bool
+    config: Config, precision: Precision, device: torch.device, compile: bool, layers: Layers | None = None
 ) -> tuple[Transformer, Optimizer, Step]:
-    """Model (prepared, on `device`, in training mode), optimizer and step; config.model.vocab_size is known."""
+    """Model (prepared, on `device`, in training mode), optimizer and step; config.model.vocab_size is known.
+
+    layers: what each linear layer multiplies in, under layers=auto."""
     model = Transformer(config.model, seed=config.train.seed)
-    model = cast(Transformer, prepare(model, precision, config.keep_patterns()))
+    model = cast(Transformer, prepare(model, precision, config.keep_patterns(), layers))
     move(model, device)
     model.train()
     if compile:

@@ -11,6 +11,7 @@ import torch
 from fewbits.choice import Choice
 from fewbits.errors import FewbitsError
 from fewbits.kernels import dispatch
+from fewbits.nn.layers import Layers
 
 
 @dataclass(frozen=True)
@@ -28,30 +29,39 @@ class Choices:
     threads: Choice
     """CPU threads of torch: int. More or fewer of them add in another order."""
     matmuls: dict[str, Choice] = field(default_factory=dict)
+    layers: Layers = field(default_factory=Layers)
+    """What each linear layer multiplies in under layers=auto; empty otherwise."""
 
     def torch_device(self) -> torch.device:
         """The device as torch takes it."""
         return torch.device(self.device.value)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """[{"what", "value", "reason"}], with every matmul choice of this process."""
-        named = [(f.name, getattr(self, f.name)) for f in fields(self) if f.name != "matmuls"]
+        """[{"what", "value", "reason"}], with every matmul choice of this process, and one entry for each shape of layers."""
+        named = [(name, getattr(self, name)) for name in _named()]
         matmuls = {**self.matmuls, **{key: Choice(*pair) for key, pair in dispatch.recorded().items()}}
         named += [(f"matmul {key}", choice) for key, choice in sorted(matmuls.items())]
-        return [{"what": what, "value": choice.value, "reason": choice.reason} for what, choice in named]
+        entries = [{"what": what, "value": choice.value, "reason": choice.reason} for what, choice in named]
+        return [*entries, *self.layers.to_json()]
 
     @classmethod
     def from_json(cls, entries: Iterable[Mapping[str, Any]]) -> Choices:
         """The inverse of `to_json`. Raises FewbitsError when one is missing."""
+        entries = list(entries)
         found = {entry["what"]: Choice(entry["value"], entry["reason"]) for entry in entries}
-        names = [f.name for f in fields(cls) if f.name != "matmuls"]
+        names = _named()
         if missing := [name for name in names if name not in found]:
             raise FewbitsError(f"The recorded choices lack {missing[0]!r}: the run is of another version of fewbits.")
         matmuls = {key.removeprefix("matmul "): c for key, c in found.items() if key.startswith("matmul ")}
-        return cls(**{name: found[name] for name in names}, matmuls=matmuls)
+        return cls(**{name: found[name] for name in names}, matmuls=matmuls, layers=Layers.from_json(entries))
 
     def replay(self) -> None:
         """Puts the recorded matmul and thread choices into force: nothing is timed again."""
         dispatch.replay({key: [choice.value, choice.reason] for key, choice in self.matmuls.items()})
         if torch.get_num_threads() != self.threads.value:
             torch.set_num_threads(self.threads.value)
+
+
+def _named() -> list[str]:
+    """The fields that are one choice each."""
+    return [f.name for f in fields(Choices) if f.name not in ("matmuls", "layers")]

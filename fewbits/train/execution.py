@@ -24,11 +24,13 @@ from torch import Tensor
 from fewbits.choice import Choice
 from fewbits.errors import FewbitsError, nearest
 from fewbits.formats import Format
+from fewbits.nn.timing import Measure
 from fewbits.precision.hardware import check, describe, native
 from fewbits.precision.precision import Precision
 from fewbits.train.build import build_step, with_vocabulary
 from fewbits.train.choices import Choices
 from fewbits.train.config import Config
+from fewbits.train.layers import layers_of_run
 
 BUDGET_S = 6.0  # for timing the precisions; a round that began is finished
 WORTH = 0.95  # a less exact precision must take less than this part of the time
@@ -55,9 +57,10 @@ class _Habits:
 _HABITS = {"cpu": _Habits(6e10, 5e9, 0.15, 25.0, 1000.0), "cuda": _Habits(5e13, 2e12, 0.6, 45.0, 150.0)}
 
 
-def choose_execution(config: Config) -> Choices:
-    """Device, precision and compilation for `config`, each with its reason; in seconds, or at once when all is given.
+def choose_execution(config: Config, measure: Measure | None = None) -> Choices:
+    """Device, precision, compilation and layers for `config`, each with its reason; at once when all is given.
 
+    measure: what times the ways of multiplying of a linear layer, under layers=auto; None times on the device.
     Raises FewbitsError for a device that is not there, and a precision or `compile` that it cannot run.
     """
     config = with_vocabulary(config, GUESSED_VOCABULARY)
@@ -68,11 +71,13 @@ def choose_execution(config: Config) -> Choices:
     try:
         precision = _choose_precision(config, torch_device, trials)
         chosen = config.resolve_precision(precision.value)
-        compile = _choose_compile(config, chosen, torch_device, trials)
-        deterministic = _choose_determinism(config, chosen, torch_device, trials, compile.value)
+        whole = chosen.replace(layers="all")  # layers are timed last, in the mode that they will run in
+        compile = _choose_compile(config, whole, torch_device, trials)
+        deterministic = _choose_determinism(config, whole, torch_device, trials, compile.value)
     finally:
         trials.close()
-    return Choices(device, precision, compile, deterministic, threads)
+    layers = layers_of_run(config, chosen, torch_device, compile.value, measure)
+    return Choices(device, precision, compile, deterministic, threads, layers=layers)
 
 
 def check_device(config: Config) -> Choice:

@@ -17,6 +17,7 @@ from fewbits.nn.transformer import Transformer
 from fewbits.precision.hardware import check, describe
 from fewbits.precision.precision import Precision
 from fewbits.train.execution import choose_device
+from fewbits.train.layers import recorded_layers
 from fewbits.train.state import load_learned_scales
 
 
@@ -38,7 +39,7 @@ def open_model(
             "the checkpoint that it was made from."
         )
     if asked is not None:
-        model = cast(Transformer, prepare(model, asked))
+        model = cast(Transformer, prepare(model, asked, layers=recorded_layers(run, asked)))
         load_learned_scales(model, run)
     return model.to(place).eval(), tokenizer, chosen, place
 

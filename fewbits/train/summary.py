@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from fewbits.nn.layers import is_layers
 from fewbits.train.build import Training
 from fewbits.train.events import Display, beside, size
 from fewbits.train.memory import resident_bytes
@@ -41,12 +42,14 @@ def introduce(
     parts = f" in {config.train.micro_batches} micro-batches" if config.train.micro_batches > 1 else ""
     display.fact("batch", f"{config.train.batch_size} sequences{parts}, {batch}")
     for entry in training.choices.to_json():
-        if entry["what"] != "threads" and not entry["what"].startswith("matmul"):
+        if entry["what"] != "threads" and not entry["what"].startswith("matmul") and not is_layers(entry):
             value = {True: "yes", False: "no"}.get(entry["value"], entry["value"])
             display.fact({"deterministic": "same bits"}.get(entry["what"], entry["what"]), str(value), entry["reason"])
     if training.device.type == "cuda":
         graph = training.step.graph_choice
         display.fact("graph", "yes" if graph.value else "no", graph.reason)
+    if training.choices.layers:
+        display.fact("layers", str(training.choices.layers))
     known = f"the peak is {peak / 1e12:,.0f} TFLOP/s" if peak else "the peak of this device is not known: null"
     display.fact("mfu", f"{FORMULA}; {known}")
     display.table(table, indent=27)

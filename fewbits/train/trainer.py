@@ -30,6 +30,7 @@ from fewbits.train.evaluate import evaluate
 from fewbits.train.events import Display, show_summary
 from fewbits.train.execution import check_device, choose_execution, determinism
 from fewbits.train.generate import sample
+from fewbits.train.layers import check_layers
 from fewbits.train.memory import MemoryMeter
 from fewbits.train.ranks import refuse_ranks
 from fewbits.train.record import Record, environment, write_atomically
@@ -78,6 +79,7 @@ def exit_code(summary: dict[str, Any]) -> int:
 def _fresh(config: Config, display: Display, stack: ExitStack) -> tuple[Training, Path]:
     """A new training and its directory, which is made last: nothing is left behind by a mistake in the config."""
     check_device(config.check())
+    check_layers(config)
     if config.train.out_dir:
         check_free(Path(config.train.out_dir))
     else:
@@ -195,7 +197,7 @@ class Run:
         self.last: dict[str, Any] = before.get("last") or {}
         self.evaluation: dict[str, Any] = before.get("evaluation") or {}
         self.saved: Path | None = None if checkpoint is None else checkpoint.path
-        self.peak = device_peak(training.precision, training.device)
+        self.peak = device_peak(training.running_precision, training.device)
         self.flops = self.config.model.flops_per_token(self.config.model.context)
         report = getattr(training.model, "fewbits_report", None)
         self.table = training.precision.table(report, training.device)

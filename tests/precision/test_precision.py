@@ -133,12 +133,45 @@ def test_a_stored_precision_that_is_none_is_refused(stored):
         Precision.from_json(stored)
 
 
-@pytest.mark.parametrize("name", ["bf16-mixed", "fp32", "fp16-true"])
-def test_a_precision_stored_by_an_earlier_version_is_read(name):
-    now = PRECISIONS[name].to_json()
-    second = {**{key: value for key, value in now.items() if key != "logits"}, "schema": "fewbits.precision/2"}
-    first = {**{key: value for key, value in second.items() if key != "recipe"}, "schema": "fewbits.precision/1"}
-    assert Precision.from_json(second) == Precision.from_json(first) == PRECISIONS[name]
+def test_what_earlier_versions_stored_is_read():
+    for name in ("bf16-mixed", "fp32", "fp16-true", "fp8"):
+        stored = {k: v for k, v in PRECISIONS[name].to_json().items() if k not in ("layers", "logits")}
+        assert Precision.from_json({**stored, "schema": "fewbits.precision/2"}) == PRECISIONS[name]
+        if name != "fp8":
+            del stored["recipe"]
+            assert Precision.from_json({**stored, "schema": "fewbits.precision/1"}) == PRECISIONS[name]
+
+
+@pytest.mark.parametrize(
+    ("text", "printed"),
+    [
+        ("fp8-auto", "fp8, layers=auto"),
+        ("fp8-rowwise-auto", "fp8-row, layers=auto"),
+        ("INT8_auto", "int8, layers=auto"),
+        ("fp8, layers=all", "fp8"),
+        ("fp8-auto, grad_weight=bf16", "fp8, grad_weight=bf16, layers=auto"),
+        ("output=e4m3/row, layers=auto", "output=e4m3/row x e4m3/row, layers=auto"),
+    ],
+)
+def test_layers_of_a_recipe_may_be_chosen_by_timing(text, printed):
+    p = Precision.parse(text)
+    assert str(p) == printed and Precision.parse(printed) == p and Precision.from_json(p.to_json()) == p
+    assert ("layers          auto" in p.table()) == (p.layers == "auto")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bf16-auto", "bf16-mixed has no recipe .* fp8-auto"),
+        ("fp32, layers=auto", "fp32 has no recipe"),
+        ("int4-qat-auto", "quantized checkpoint"),
+        ("fp8, layers=some", "use all or auto"),
+        ("fp9-auto", "no precision 'fp9-auto'"),
+    ],
+)
+def test_layers_that_cannot_be_chosen_are_refused(text, message):
+    with pytest.raises(FewbitsError, match=message):
+        Precision.parse(text)
 
 
 def test_replace_gives_another_value():

@@ -1,0 +1,235 @@
+"""How long the ways of multiplying take in a linear layer: side by side, in turns, and what the times show.
+
+A call does what one training step asks of the layer: the weight's codes made once, forward and backward for each
+micro-batch, eager or compiled as the run will be. Wall time over a queue of calls counts, so that a layer which waits for
+the host is as slow here as it is in a step. What surrounds it in a model can only hide a part of that.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.errors import FewbitsError
+from fewbits.kernels.dispatch import emulated
+from fewbits.kernels.heap import keep_freed_memory
+from fewbits.nn.candidates import BF16, Shape
+from fewbits.nn.lowbit import held_weights
+from fewbits.nn.prepare import prepare
+from fewbits.numerics.keys import step_key
+from fewbits.precision.precision import Precision
+from fewbits.precision.switches import torch_switches
+
+MODES = ("eager", "compiled")
+LEAST_ROUNDS = 6  # the fewest whose smallest and largest ratio enclose the median with 95 %
+ROUNDS = 15
+BUDGET_S = 10.0  # of one shape; a round that began is finished
+WARMUP_S = (
+    20.0  # of one shape; ways that are not compiled by then are left out (some 2 s each on a GPU, 4 on a free CPU)
+)
+SAMPLE_MS = 3.0  # calls are queued until they last so long: the clock and the wait for the device cost some 0.02
+MOST_CALLS = 32
+MOST_PARTS = 4  # micro-batches of a call; in more of them the weight's codes would cost even less
+_FLOPS = {"cpu": 3e10, "cuda": 2e13}  # of a call; larger layers are timed on fewer tokens, which favours bf16 a little
+
+
+class Interval(NamedTuple):
+    """A median of paired ratios and where it lies with 95 %."""
+
+    median: float
+    low: float
+    high: float
+
+
+Times = Mapping[str, Sequence[float]]
+"""Milliseconds of one layer and step by candidate, round by round; what did not run is missing."""
+Measure = Callable[[Shape, Sequence[str]], Times]
+"""What times the candidates of a shape."""
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """The median of independent values and an interval that covers the true one with at least `confidence`: two of the
+    ordered values, by the binomial distribution (distribution-free). With fewer than 6 values it is infinite.
+
+    >>> median_interval([3.0, 1.0, 2.0, 4.0, 5.0, 6.0])
+    Interval(median=3.5, low=1.0, high=6.0)
+    """
+    ordered, n = sorted(values), len(values)
+    if not n:
+        return Interval(math.nan, -math.inf, math.inf)
+    below, cut = 0.0, 0
+    while cut <= n // 2:
+        below += math.comb(n, cut) / 2.0**n  # P(at most `cut` of n values lie below the median)
+        if 2 * below > 1 - confidence:
+            break
+        cut += 1
+    if not cut:
+        return Interval(statistics.median(ordered), -math.inf, math.inf)
+    return Interval(statistics.median(ordered), ordered[cut - 1], ordered[n - cut])
+
+
+def paired(times: Sequence[float], base: Sequence[float]) -> Interval:
+    """Time over the base's time of the same round: its median and interval; below 1 is faster."""
+    return median_interval([a / b for a, b in zip(times, base, strict=False)])
+
+
+def race(
+    calls: Mapping[str, Callable[[], float]],
+    base: str,
+    rounds: int = ROUNDS,
+    budget_s: float = BUDGET_S,
+    hopeless: float = math.inf,
+) -> dict[str, list[float]]:
+    """What each call returns (a time) over rounds in which all take turns, the order turning too.
+
+    From LEAST_ROUNDS on, a call whose ratio to `base` lies above `hopeless` with its whole interval drops out; it ends when
+    only the base is left, after `rounds`, or at the first round (of those) that begins after `budget_s` seconds.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    racing, began = list(calls), time.perf_counter()
+    for number in range(rounds):
+        turn = number % len(racing)
+        for name in racing[turn:] + racing[:turn]:
+            times[name].append(calls[name]())
+        if number + 1 < LEAST_ROUNDS:
+            continue
+        racing = [name for name in racing if name == base or paired(times[name], times[base]).low <= hopeless]
+        if racing == [base] or time.perf_counter() - began > budget_s:
+            break
+    return times
+
+
+@dataclass(frozen=True)
+class LayerTimer:
+    """The `Measure` that times on a device.
+
+    working: format of weight, activation and gradient, as a dtype. mode: "eager" or "compiled". micro_batches: of a step.
+    """
+
+    device: torch.device
+    mode: str = "eager"
+    micro_batches: int = 1
+    hopeless: float = 1.0
+    rounds: int = ROUNDS
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise FewbitsError(f"mode is {self.mode!r}; it must be eager or compiled, as the run will be.")
+
+    def __call__(self, shape: Shape, candidates: Sequence[str]) -> Times:
+        """Milliseconds a step of one layer by candidate; what cannot run here is left out, unless it is bf16. The first
+        two candidates are timed however long they take to compile."""
+        parts = min(self.micro_batches, MOST_PARTS)
+        tokens = self._tokens(shape, parts)
+        whole = self.micro_batches * shape.tokens / (parts * tokens)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        precision = Precision.parse("bf16-mixed")
+        with self._own_random_numbers(), torch_switches(precision, self.device):
+            x, grad = (
+                torch.randn(tokens, side, device=self.device).mul_(size).to(torch.bfloat16)
+                for side, size in ((shape.inputs, 1.0), (shape.outputs, 1e-3))
+            )
+            steps: dict[str, Callable[[], None]] = {}
+            began = time.perf_counter()
+            for text in candidates:
+                if len(steps) > 1 and time.perf_counter() - began > WARMUP_S:
+                    break
+                try:
+                    step = self._step(text, shape, x, grad, parts)
+                    step()
+                    step()
+                except Exception:  # whatever a compiler or a library throws: bf16 is always there
+                    if text == BF16:
+                        raise
+                    continue
+                steps[text] = step
+            calls = self._calls(steps[BF16])
+            clocks = {text: self._clock(step, calls) for text, step in steps.items()}
+            times = race(clocks, BF16, self.rounds, hopeless=self.hopeless)
+        steps.clear()
+        clocks.clear()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return {text: [whole * ms for ms in found] for text, found in times.items()}
+
+    def _own_random_numbers(self) -> AbstractContextManager[None]:
+        """Within, what is drawn leaves torch's generators as they were."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        own: AbstractContextManager[None] = torch.random.fork_rng(devices)
+        return own
+
+    def _tokens(self, shape: Shape, parts: int) -> int:
+        limit = _FLOPS.get(self.device.type, _FLOPS["cpu"])
+        tokens = shape.tokens
+        while 6 * parts * tokens * shape.inputs * shape.outputs > limit and tokens % 2 == 0 and tokens >= 512:
+            tokens //= 2
+        return tokens
+
+    def _step(self, text: str, shape: Shape, x: Tensor, grad: Tensor, parts: int) -> Callable[[], None]:
+        """What a training step does in one layer."""
+        with torch.device(self.device):
+            model = nn.Sequential(nn.Linear(shape.inputs, shape.outputs, bias=shape.bias))
+        prepare(model, "bf16-mixed" if text == BF16 else text)
+        for name in ("fewbits_remainders", "fewbits_undo"):  # copies of the weight that only a training needs
+            model.__dict__.pop(name)
+        parameters = list(model.parameters())
+        leaf = x.detach().requires_grad_()
+        emulated("bf16", self.device.type)  # asked before a compiler comes: it cannot time anything
+        layer = model[0]  # without what `prepare` hangs on a whole model
+        run = compiled(layer) if self.mode == "compiled" else layer
+
+        def step() -> None:
+            with step_key(self.device, 0, 0, 0), held_weights(model):
+                for _ in range(parts):
+                    leaf.grad = None
+                    for parameter in parameters:
+                        parameter.grad = None
+                    run(leaf).backward(grad)
+
+        return step
+
+    def _clock(self, step: Callable[[], None], calls: int) -> Callable[[], float]:
+        def clock() -> float:
+            self._wait()
+            began = time.perf_counter()
+            for _ in range(calls):
+                step()
+            self._wait()
+            return 1e3 * (time.perf_counter() - began) / calls
+
+        return clock
+
+    def _calls(self, step: Callable[[], None]) -> int:
+        """How many calls make a sample long enough for the clock."""
+        self._clock(step, 3)()
+        ms = self._clock(step, 3)()
+        return max(1, min(MOST_CALLS, math.ceil(SAMPLE_MS / ms)))
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """`model` compiled as a function of its own: a module's forward is shared by all of its class, and torch gives up on
+    a function that it has compiled eight times."""
+
+    def forward(x: Tensor) -> Tensor:
+        return model(x)  # type: ignore[no-any-return]
+
+    code = forward.__code__.replace(co_name=f"forward_{id(model)}")
+    own: Any = FunctionType(code, forward.__globals__, code.co_name, None, forward.__closure__)
+    found: Callable[[Tensor], Tensor] = torch.compile(own, dynamic=False)
+    return found

@@ -1,0 +1,170 @@
+"""layers=auto: which linear layer multiplies in how many bits, by a timing of this model's shapes on this device.
+
+One timing for each distinct shape; what it found stays in the cache folder, for this device, these versions and this
+shape. A run records what was chosen, and goes on with it without timing again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewbits import __version__
+from fewbits.checkpoint.load import load_checkpoint
+from fewbits.choice import Choice
+from fewbits.data.cache import cache_folder, entry
+from fewbits.errors import FewbitsError
+from fewbits.nn.candidates import BF16, Shape, candidates, shapes
+from fewbits.nn.layers import LayerGroup, Layers, pick
+from fewbits.nn.timing import LayerTimer, Measure, Times
+from fewbits.nn.transformer import Transformer
+from fewbits.precision.hardware import cpu_name, describe, native_matmul
+from fewbits.precision.precision import Precision
+from fewbits.train.build import with_vocabulary
+from fewbits.train.config import Config
+
+_TIMED = ("numerics", "precision", "kernels", "nn")  # the rooms whose source decides how fast a layer is
+
+
+def choose_layers(
+    model: nn.Module,
+    precision: str | Precision,
+    tokens: int,
+    *,
+    keep: Iterable[str] = (),
+    mode: str = "eager",
+    micro_batches: int = 1,
+    device: torch.device | str | None = None,
+    cache: Path | str | None = None,
+    measure: Measure | None = None,
+) -> Layers:
+    """The fastest way of multiplying for every linear layer that the recipe of `precision` takes, by a short timing.
+
+        layers = fewbits.choose_layers(model, "fp8-auto", tokens=16384)
+        model = fewbits.prepare(model, "fp8-auto", layers=layers)
+
+    A way in few bits takes the place of bf16 only where the slow end of a 95 % interval says that it wins at least 2 %.
+
+    Args:
+        model: not prepared yet; only its shapes matter, so it may lie on the meta device.
+        precision: a name or a value with a recipe; layers=auto is not needed.
+        tokens: rows that enter a linear layer in one forward call: sequences of a micro-batch times their length.
+        keep: as for `prepare`.
+        mode: "eager" or "compiled", as the model will run.
+        micro_batches: forward calls of one step; a weight is quantized once for all of them.
+        device: where the model will run; None is where its parameters are.
+        cache: folder that keeps what was found; None takes FEWBITS_CACHE, or ~/.cache/fewbits.
+        measure: what times the candidates of a shape; None times on the device.
+
+    Raises FewbitsError for a precision without a recipe, or a model of which the recipe takes no layer.
+    """
+    precision = Precision.parse(precision) if isinstance(precision, str) else precision
+    precision = precision.replace(layers="auto")  # refused here where it cannot be
+    if tokens < 1 or micro_batches < 1:
+        raise FewbitsError(f"tokens={tokens} and micro_batches={micro_batches} must be 1 or more.")
+    place = torch.device(device) if device is not None else next(model.parameters()).device
+    timer = measure or LayerTimer(place, mode, micro_batches)
+    found = shapes(model, precision, tokens, keep)
+    if measure is None and (why := emulated_everywhere(precision, place)):
+        return Layers(tuple(LayerGroup(shape, tuple(names), Choice(BF16, why), 0.0) for shape, names in found.items()))
+    groups, folder = [], cache_folder(cache)
+    for shape, names in found.items():
+        ways = candidates(precision.recipe, shape)
+        facts = {**where(place), "mode": mode, "micro_batches": micro_batches, "shape": list(shape), "ways": list(ways)}
+        groups.append(pick(shape, names, cached(folder, facts, timer, shape, ways)))
+    return Layers(tuple(groups))
+
+
+def emulated_everywhere(precision: Precision, device: torch.device) -> str:
+    """Why no matmul of a recipe can be faster than bf16 on `device`: it multiplies the values of codes in 16 bits or more.
+    "" where one of them runs natively, which has to be timed."""
+    answers = [native_matmul(matmul, describe(device)) for matmul in precision.recipe.matmuls if matmul is not None]
+    return "" if any(answer.value for answer in answers) else f"nothing to win: {answers[0].reason}"
+
+
+def cached(folder: Path, facts: dict[str, Any], timer: Measure, shape: Shape, ways: tuple[str, ...]) -> Times:
+    """What `timer` finds for a shape, from the cache where it has been timed under the same facts. A damaged entry is
+    timed again; a second process that wants the same waits for the first."""
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+    def build(_: Path) -> dict[str, Any]:
+        return {"under": facts, "ms": {way: list(found) for way, found in timer(shape, ways).items()}}
+
+    times: dict[str, list[float]] = entry(folder, f"layers-{key}", build)[1]["ms"]
+    return times
+
+
+def where(device: torch.device) -> dict[str, Any]:
+    """What decides about times beside the shape: the device, the versions of torch and CUDA, our own source, threads."""
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else f"{device.type} {cpu_name()}",
+        "threads": None if cuda else torch.get_num_threads(),
+        "dtype": BF16,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "fewbits": __version__,
+        "source": source_hash(),
+    }
+
+
+@cache
+def source_hash() -> str:
+    """SHA-256 of our own source that decides how fast a layer is."""
+    found, package = hashlib.sha256(), Path(__file__).resolve().parents[1]
+    for room in _TIMED:
+        for path in sorted(p for p in (package / room).rglob("*") if p.is_file() and "__pycache__" not in p.parts):
+            found.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()
+
+
+def check_layers(config: Config) -> None:
+    """Raises FewbitsError, in a moment, where layers=auto has nothing to decide in the model of `config`."""
+    if config.precision != "auto" and (precision := config.resolve_precision()).layers == "auto":
+        shapes(_outline(config), precision, 1, config.keep_patterns())
+
+
+def layers_of_run(
+    config: Config, precision: Precision, device: torch.device, compile: bool, measure: Measure | None = None
+) -> Layers:
+    """What the linear layers of a run multiply in; empty where its precision leaves nothing to decide."""
+    if precision.layers != "auto":
+        return Layers()
+    parts = config.train.micro_batches
+    return choose_layers(
+        _outline(config),
+        precision,
+        config.train.batch_size // parts * config.model.context,
+        keep=config.keep_patterns(),
+        mode="compiled" if compile else "eager",
+        micro_batches=parts,
+        device=device,
+        cache=config.data.cache,
+        measure=measure,
+    )
+
+
+def _outline(config: Config) -> Transformer:
+    """The model of a config without numbers: its shapes and names."""
+    with torch.device("meta"):
+        return Transformer(with_vocabulary(config, 256).model)
+
+
+def recorded_layers(run: Path | str, precision: Precision) -> Layers | None:
+    """What the run in `run` chose for layers=auto; None where `precision` needs no choice. Raises FewbitsError."""
+    if precision.layers != "auto":
+        return None
+    layers = Layers.from_json(load_checkpoint(run).state.get("choices", ()))
+    if not layers:
+        raise FewbitsError(
+            f"{run} was not trained with layers=auto, so it does not say which layers are in few bits. Use "
+            f"'{precision.replace(layers='all')}' or the precision it was trained in."
+        )
+    return layers

@@ -1,0 +1,204 @@
+"""layers=auto in a run: timed once for each shape, kept in the cache, recorded, never timed again, and refused in time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fewbits
+from fewbits.checkpoint.load import load_checkpoint
+from fewbits.checkpoint.save import save_checkpoint
+from fewbits.choice import Choice
+from fewbits.errors import FewbitsError
+from fewbits.nn.candidates import BF16, Shape
+from fewbits.nn.layers import Layers
+from fewbits.nn.timing import Times
+from fewbits.train.build import Training, build_training, open_data
+from fewbits.train.choices import Choices
+from fewbits.train.config import Config
+from fewbits.train.execution import choose_execution
+from fewbits.train.layers import check_layers, choose_layers, recorded_layers
+from fewbits.train.opened import open_model
+from fewbits.train.resume import recorded_choices
+from fewbits.train.state import collect, exact_weights, restore
+from fewbits.train.trainer import train
+
+
+class Clock:
+    """A `Measure` that times nothing: by the number of outputs of a shape, the candidate that takes half of bf16's time."""
+
+    def __init__(self, **fastest: int):
+        self.fastest = {int(name.removeprefix("outputs")): number for name, number in fastest.items()}
+        self.asked: list[Shape] = []
+
+    def __call__(self, shape: Shape, candidates: Sequence[str]) -> Times:
+        self.asked.append(shape)
+        times = {text: [3.0] * 9 for text in candidates}
+        times[BF16] = [2.0] * 9
+        if (number := self.fastest.get(shape.outputs, 0)) and number < len(candidates):
+            times[candidates[number]] = [1.0] * 9
+        return times
+
+
+def model() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 64), nn.Linear(64, 256))
+
+
+def test_one_timing_for_each_shape_and_none_when_it_is_in_the_cache(tmp_path: Path) -> None:
+    clock = Clock(outputs256=1)
+    first = choose_layers(model(), "fp8", 32, cache=tmp_path, measure=clock)
+    assert clock.asked == [Shape(32, 64, 256, True), Shape(32, 256, 64, True)]
+    assert [first[name].value != BF16 for name in ("0", "1", "2")] == [True, False, True]
+    assert choose_layers(model(), "fp8-auto", 32, cache=tmp_path, measure=clock) == first
+    assert len(clock.asked) == 2, "found in the cache"
+
+
+@pytest.mark.parametrize(
+    "changed", [{"tokens": 64}, {"mode": "compiled"}, {"micro_batches": 2}, {"precision": "fp8-row"}]
+)
+def test_what_changes_the_times_is_timed_anew(tmp_path: Path, changed: dict[str, object]) -> None:
+    clock = Clock()
+    options = {"precision": "fp8", "tokens": 32, "mode": "eager", "micro_batches": 1}
+    choose_layers(model(), cache=tmp_path, measure=clock, **options)  # type: ignore[arg-type]
+    choose_layers(model(), cache=tmp_path, measure=clock, **(options | changed))  # type: ignore[arg-type]
+    assert len(clock.asked) == 4
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "nonsense", "changed"])
+def test_a_damaged_cache_is_timed_again(tmp_path: Path, damage: str) -> None:
+    clock = Clock(outputs256=1)
+    first = choose_layers(model(), "fp8", 32, cache=tmp_path, measure=clock)
+    manifests = list(tmp_path.glob("layers-*/manifest.json"))
+    assert len(manifests) == 2
+    for path in manifests:
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace("3.0", "0.1") if damage == "changed" else damage, encoding="utf-8")
+    assert choose_layers(model(), "fp8", 32, cache=tmp_path, measure=clock) == first
+    assert len(clock.asked) == 4
+    assert choose_layers(model(), "fp8", 32, cache=tmp_path, measure=clock) == first
+    assert len(clock.asked) == 4, "and is whole again"
+
+
+def test_where_every_product_would_be_emulated_nothing_is_timed(tmp_path: Path) -> None:
+    layers = choose_layers(model(), "mxfp8", 32, device="cpu", cache=tmp_path)
+    assert not layers.lowbit and not list(tmp_path.iterdir())
+    assert str(layers).startswith("all 3 linear layers stay in bf16: nothing to win")
+    prepared = fewbits.prepare(model(), "mxfp8-auto", layers=layers)
+    assert {row[2] for row in prepared.fewbits_report.rows} == {"kept in bf16"}
+
+
+def test_the_public_function_is_at_the_front_door_and_its_result_fits_prepare(tmp_path: Path) -> None:
+    layers = fewbits.choose_layers(model(), "int8-auto", 32, cache=tmp_path, measure=Clock(outputs64=3))
+    prepared = fewbits.prepare(model(), "int8-auto", layers=layers)
+    assert [bool(layer.recipe) for layer in prepared] == [False, True, False]
+    assert hasattr(prepared[1], "site") and not hasattr(prepared[0], "site")
+
+
+@pytest.mark.parametrize(
+    ("precision", "said"),
+    [("bf16-mixed", "no recipe"), ("int8-qat", "quantized checkpoint"), ("fp8", "must be 1 or more")],
+)
+def test_what_cannot_be_chosen_is_refused(precision: str, said: str) -> None:
+    with pytest.raises(FewbitsError, match=said):
+        choose_layers(model(), precision, 0, measure=Clock())
+
+
+def settled(config: Config, clock: Clock) -> Choices:
+    """The choices of a run, timed by a clock of ours."""
+    return choose_execution(config, measure=clock)
+
+
+@pytest.fixture
+def auto(tiny: Callable[..., Config], tmp_path: Path) -> Config:
+    """A run whose layers are chosen: qkv, output, up and down have 192, 64, 256 and 64 outputs."""
+    return tiny(precision="fp8-auto", n_embd=64, micro_batches=2, lr=0.01, cache=str(tmp_path / "cache"))
+
+
+def test_a_run_times_the_rows_of_a_micro_batch_once_for_each_shape(auto: Config) -> None:
+    clock = Clock(outputs192=1, outputs256=2)
+    choices = settled(auto, clock)
+    rows = auto.train.batch_size // 2 * auto.model.context
+    assert [(shape.tokens, shape.inputs, shape.outputs) for shape in clock.asked] == [
+        (rows, 64, 192), (rows, 64, 64), (rows, 64, 256), (rows, 256, 64),
+    ]  # fmt: skip
+    names = [name for name, choice in choices.layers.items() if choice.value != BF16]
+    assert names == ["blocks.0.attention.qkv", "blocks.0.mlp.up"]
+    assert choices.precision.value == "fp8-auto"
+
+
+def test_2n_steps_equal_n_steps_saved_loaded_and_n_more_without_timing_again(auto: Config, tmp_path: Path) -> None:
+    data = open_data(auto)
+    whole = build_training(auto, settled(auto, Clock(outputs192=1, outputs256=2)), data)
+    for _ in range(3):
+        whole.take_step()
+    saved = save_checkpoint(tmp_path / "checkpoints", 3, **collect(whole, {}), keep=1)
+    for _ in range(3):
+        whole.take_step()
+    checkpoint = load_checkpoint(saved)
+    again = recorded_choices(auto, checkpoint)  # takes no clock: it could not time if it wanted to
+    assert again.layers == whole.choices.layers
+    resumed: Training = build_training(auto, again, data)
+    restore(resumed, checkpoint)
+    for _ in range(3):
+        resumed.take_step()
+    left, right = (exact_weights(t.model, t.optimizer) for t in (whole, resumed))
+    assert all(torch.equal(value, right[name]) for name, value in left.items())
+    recipes = [{n: m.recipe for n, m in t.model.named_modules() if getattr(m, "recipe", "")} for t in (whole, resumed)]
+    assert recipes[0] == recipes[1] and len(recipes[0]) == 2
+
+
+def test_a_trained_run_is_evaluated_and_opened_with_what_it_chose(auto: Config, tmp_path: Path) -> None:
+    training = build_training(auto, settled(auto, Clock(outputs192=1)), open_data(auto))
+    training.take_step()
+    saved = save_checkpoint(tmp_path / "checkpoints", 1, **collect(training, {}), keep=1)
+    opened, _, chosen, _ = open_model(saved, "cpu", "fp8-auto")
+    lowbit = [name for name, module in opened.named_modules() if getattr(module, "recipe", "")]
+    assert lowbit == ["blocks.0.attention.qkv"] and str(chosen) == "fp8, layers=auto"
+    assert recorded_layers(saved, fewbits.Precision.parse("fp8")) is None
+    plain = replace(auto, precision="bf16-mixed")
+    other = build_training(
+        plain, replace(training.choices, precision=Choice("bf16", ""), layers=Layers()), open_data(plain)
+    )
+    other.take_step()
+    saved = save_checkpoint(tmp_path / "others", 1, **collect(other, {}), keep=1)
+    with pytest.raises(FewbitsError, match=r"not trained with layers=auto.*'fp8'"):
+        open_model(saved, "cpu", "fp8-auto")
+
+
+def test_the_whole_trainer_records_shows_and_resumes_the_choice(
+    auto: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(auto, train=replace(auto.train, max_steps=4, stop_at=2))
+    summary = train(config)
+    shown = capsys.readouterr().out
+    assert shown.count("linear layers stay in bf16") == 1, "fp8 is emulated on a CPU: there is nothing to win"
+    entries = [entry for entry in summary["choices"] if entry["what"].startswith("layers")]
+    assert len(entries) == 4 and {entry["value"] for entry in entries} == {BF16}
+    out = Path(config.train.out_dir)
+    event = json.loads((out / "events.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert Layers.from_json(event["choices"]) == Layers.from_json(summary["choices"])
+    again = train(replace(config, train=replace(config.train, stop_at=0)), resume=out, quiet=True)
+    assert again["steps"] == 4 and [e for e in again["choices"] if e["what"].startswith("layers")] == entries
+    assert again["precision"] == "fp8, layers=auto"
+
+
+def test_nothing_to_choose_is_refused_before_any_text_is_read(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    missing = {"data": str(tmp_path / "no such text"), "out": "refused"}
+    for options, said in (
+        ({"precision": "fp8-auto", "n_embd": 16}, "would change nothing"),
+        ({"precision": "fp8-auto", "n_embd": 64, "keep": "blocks.*"}, "would change nothing"),
+        ({"precision": "bf16-mixed, layers=auto"}, "no recipe"),
+        ({"precision": "bf16-auto"}, "no recipe"),
+        ({"precision": "int4-qat-auto"}, "quantized checkpoint"),
+    ):
+        with pytest.raises(FewbitsError, match=said):
+            train(tiny(**missing, **options), quiet=True)
+    assert not (tmp_path / "refused").exists()
+    check_layers(tiny(precision="fp8-auto", n_embd=64))
+    check_layers(tiny(precision="auto"))
