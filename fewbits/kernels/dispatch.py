@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fewbits.choice import Choice
 from fewbits.formats import Format
-from fewbits.kernels import quantize as twin
+from fewbits.kernels import quantize as cuda_twin
+from fewbits.kernels import quantize_cpu as cpu_twin
 from fewbits.kernels.int8_matmul import int8_matmul
 from fewbits.numerics import quantize as definition
 from fewbits.numerics.quantize import Key, Quantized
@@ -43,31 +44,53 @@ def emulated(format_name: str, device_type: str) -> bool:
 
 
 def quantize_execution(device: torch.device) -> Choice:
-    """What quantizes in eager code on a device: the Triton "kernel" or the "definition", which give the same codes.
+    """What quantizes in eager code on a device: the "kernel" (Triton on CUDA, C++ on a CPU) or the "definition", which
+    give the same codes.
 
     In compiled code it is always the definition: the compiler fuses it with what comes before.
     """
     key = ("quantize", device.type)
     if key not in _choices:
-        if device.type != "cuda":
-            _choices[key] = Choice("definition", f"the kernel is for CUDA; this is {device.type}")
-        elif not twin.installed():
+        one_reading = "one reading of the matrix in eager code, where the definition takes a dozen"
+        if device.type == "cpu":
+            value, reason = cpu_twin.library()
+            _choices[key] = Choice("definition", reason) if value is None else Choice("kernel", one_reading)
+        elif device.type != "cuda":
+            _choices[key] = Choice("definition", f"the kernels are for CUDA and CPUs; this is {device.type}")
+        elif not cuda_twin.installed():
             _choices[key] = Choice("definition", "triton is not installed")
         else:
-            _choices[key] = Choice(
-                "kernel", "one reading of the matrix in eager code, where the definition takes a dozen"
-            )
+            _choices[key] = Choice("kernel", one_reading)
     return _choices[key]
 
 
 def quantize(x: Tensor, format: Format, granularity: Granularity, rounding: str, seed: Key, scales: str) -> Quantized:
     """`quantize` of a matrix by the twin that runs where it lies; codes and scales do not depend on which."""
+    if _by_definition(x) or scales == "full-range":
+        return definition.quantize(x, format, granularity, rounding, seed, scales)
+    if x.device.type == "cpu" and not cpu_twin.why_not(x, format, rounding):
+        return cpu_twin.quantize(x, format, granularity, rounding, seed, scales)
+    if x.device.type == "cuda" and not cuda_twin.why_not(x, format, rounding):
+        return cuda_twin.quantize(x, format, granularity, rounding, seed, scales)
+    return definition.quantize(x, format, granularity, rounding, seed, scales)
+
+
+def dequantize(q: Quantized, dtype: torch.dtype) -> Tensor:
+    """`q.dequantize(dtype)` by the twin that runs where its codes lie; the values do not depend on which."""
+    known = q.codes.dtype.itemsize == 1 and q.codes.ndim == 2 and q.codes.numel() > 0 and dtype != torch.float64
+    if known and by_cpu_kernel(q.codes):
+        return cpu_twin.decode(q.codes, q.scale, q.granularity, dtype)
+    return q.dequantize(dtype)
+
+
+def by_cpu_kernel(x: Tensor) -> bool:
+    """Whether eager code works on `x` by the C++ of quantize_cpu (a choice that was replayed needs its library, too)."""
+    return x.device.type == "cpu" and not _by_definition(x) and cpu_twin.library().value is not None
+
+
+def _by_definition(x: Tensor) -> bool:
     traced = type(x) not in (Tensor, torch.nn.Parameter)  # what a compiler traces with is a class of its own
-    if traced or torch.compiler.is_compiling() or quantize_execution(x.device).value == "definition":
-        return definition.quantize(x, format, granularity, rounding, seed, scales)
-    if scales == "full-range" or twin.why_not(x, format, rounding):
-        return definition.quantize(x, format, granularity, rounding, seed, scales)
-    return twin.quantize(x, format, granularity, rounding, seed, scales)
+    return traced or torch.compiler.is_compiling() or quantize_execution(x.device).value == "definition"
 
 
 def probed(name: str, device: torch.device, probe: Callable[[], str]) -> Choice:
