@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fewbits.errors import FewbitsError
+from fewbits.kernels.cpp import cache_root
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -38,7 +39,7 @@ def cache_folder(cache: str | os.PathLike[str] | None = None) -> Path:
 
     Errors: FewbitsError when it cannot be created.
     """
-    folder = Path(cache or os.environ.get("FEWBITS_CACHE") or Path.home() / ".cache" / "fewbits").expanduser()
+    folder = Path(cache or cache_root()).expanduser()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)  # whether it can be written is asked when there is something to write
     return folder

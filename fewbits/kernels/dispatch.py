@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fewbits.choice import Choice
 from fewbits.formats import Format
 from fewbits.kernels import layouts
-from fewbits.kernels import quantize as twin
+from fewbits.kernels import quantize as cuda_twin
+from fewbits.kernels import quantize_cpu as cpu_twin
 from fewbits.kernels import update as update_twin
 from fewbits.kernels.int8_matmul import int8_matmul
 from fewbits.numerics import quantize as definition
@@ -45,20 +47,23 @@ def emulated(format_name: str, device_type: str) -> bool:
 
 
 def quantize_execution(device: torch.device) -> Choice:
-    """What quantizes in eager code on a device: the Triton "kernel" or the "definition", which give the same codes.
+    """What quantizes in eager code on a device: the "kernel" (Triton on CUDA, C++ on a CPU) or the "definition", which
+    give the same codes.
 
     In compiled code it is the definition, which the compiler fuses with what comes before, but for `layouts_execution`.
     """
     key = ("quantize", device.type)
     if key not in _choices:
-        if device.type != "cuda":
-            _choices[key] = Choice("definition", f"the kernel is for CUDA; this is {device.type}")
-        elif not twin.installed():
+        one_reading = "one reading of the matrix in eager code, where the definition takes a dozen"
+        if device.type == "cpu":
+            value, reason = cpu_twin.library()
+            _choices[key] = Choice("definition", reason) if value is None else Choice("kernel", one_reading)
+        elif device.type != "cuda":
+            _choices[key] = Choice("definition", f"the kernels are for CUDA and CPUs; this is {device.type}")
+        elif not cuda_twin.installed():
             _choices[key] = Choice("definition", "triton is not installed")
         else:
-            _choices[key] = Choice(
-                "kernel", "one reading of the matrix in eager code, where the definition takes a dozen"
-            )
+            _choices[key] = Choice("kernel", one_reading)
     return _choices[key]
 
 
@@ -69,7 +74,7 @@ def loss_execution(device: torch.device) -> Choice:
     if key not in _choices:
         if device.type != "cuda":
             _choices[key] = Choice("definition", f"the kernel is for CUDA; this is {device.type}")
-        elif not twin.installed():
+        elif not cuda_twin.installed():
             _choices[key] = Choice("definition", "triton is not installed")
         else:
             _choices[key] = Choice("kernel", "two readings of the logits, and the gradient written over them")
@@ -94,11 +99,34 @@ def logits_format(asked: str, weight: torch.dtype, device: torch.device) -> Choi
 
 def quantize(x: Tensor, format: Format, granularity: Granularity, rounding: str, seed: Key, scales: str) -> Quantized:
     """`quantize` of a matrix by the twin that runs where it lies; codes and scales do not depend on which."""
-    if _traced(x) or quantize_execution(x.device).value == "definition":
-        return definition.quantize(x, format, granularity, rounding, seed, scales)
-    if scales == "full-range" or twin.why_not(x, format, rounding):
-        return definition.quantize(x, format, granularity, rounding, seed, scales)
-    return twin.quantize(x, format, granularity, rounding, seed, scales)
+    twin = _twin(x, format, rounding, scales)
+    quantize = definition.quantize if twin is None else twin.quantize
+    return quantize(x, format, granularity, rounding, seed, scales)
+
+
+def dequantize(q: Quantized, dtype: torch.dtype) -> Tensor:
+    """`q.dequantize(dtype)` by the twin that runs where its codes lie; the values do not depend on which."""
+    known = q.codes.dtype.itemsize == 1 and q.codes.ndim == 2 and q.codes.numel() > 0 and dtype != torch.float64
+    if known and by_cpu_kernel(q.codes):
+        return cpu_twin.decode(q.codes, q.scale, q.granularity, dtype)
+    return q.dequantize(dtype)
+
+
+def by_cpu_kernel(x: Tensor) -> bool:
+    """Whether eager code works on `x` by the C++ of quantize_cpu (a choice that was replayed needs its library, too)."""
+    return x.device.type == "cpu" and not _by_definition(x) and cpu_twin.library().value is not None
+
+
+def _twin(x: Tensor, format: Format, rounding: str, scales: str) -> Any:
+    """The module that quantizes `x` in eager code; None where the definition does."""
+    if _by_definition(x) or scales == "full-range":
+        return None
+    twin: Any = {"cpu": cpu_twin, "cuda": cuda_twin}.get(x.device.type)
+    return None if twin is None or twin.why_not(x, format, rounding) else twin
+
+
+def _by_definition(x: Tensor) -> bool:
+    return _traced(x) or quantize_execution(x.device).value == "definition"
 
 
 def layouts_execution(device: torch.device) -> Choice:
@@ -108,7 +136,7 @@ def layouts_execution(device: torch.device) -> Choice:
     if key not in _choices:
         if device.type != "cuda":
             _choices[key] = Choice("definition", f"the kernel is for CUDA; this is {device.type}")
-        elif not twin.installed():
+        elif not cuda_twin.installed():
             _choices[key] = Choice("definition", "triton is not installed")
         elif torch.cuda.get_device_capability(device) < (8, 9):
             _choices[key] = Choice("definition", "this GPU converts nothing to fp8 by itself; sm_89 and newer do")
@@ -129,13 +157,9 @@ def quantize_both(
         if in_layouts(x, format, granularity, rounding, scales):
             scale = scale_of(block_amax(x, granularity), format, scales)
             return _both(x, scale, format, granularity, scales, sums)
-    elif (
-        quantize_execution(x.device).value == "kernel"
-        and scales != "full-range"
-        and not twin.why_not(x, format, rounding)
-    ):
-        return Both(*twin.quantize_both(*arguments))
-    matrix = definition.quantize(*arguments)
+    elif x.device.type == "cuda" and _twin(x, format, rounding, scales) is not None:
+        return Both(*cuda_twin.quantize_both(*arguments))
+    matrix = quantize(*arguments)
     return Both(matrix, matrix.transposed())
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fewbits.choice import Choice
 from fewbits.formats import Format
-from fewbits.kernels.dispatch import emulated, probed
+from fewbits.kernels import quantize_cpu
+from fewbits.kernels.dispatch import by_cpu_kernel, dequantize, emulated, probed
 from fewbits.numerics.matmul import modelled_matmul
 from fewbits.numerics.quantize import Quantized, quantize
 from fewbits.numerics.scaling import Granularity
@@ -40,9 +41,9 @@ def scaled_matmul(
         return (total if bias is None else total + bias.float()).to(dtype)
     narrow = dtype == torch.bfloat16 and left.exact_in_bf16 and right.exact_in_bf16
     if narrow and not emulated("bf16", left.codes.device.type):
-        return torch.nn.functional.linear(left.dequantize(dtype), right.dequantize(dtype), bias)
+        return torch.nn.functional.linear(dequantize(left, dtype), dequantize(right, dtype), bias)
     wide = None if bias is None else bias.float()
-    return torch.nn.functional.linear(left.dequantize(), right.dequantize(), wide).to(dtype)
+    return torch.nn.functional.linear(dequantize(left, torch.float32), dequantize(right, torch.float32), wide).to(dtype)
 
 
 def native_kind(left: Quantized, right: Quantized, accumulator: str) -> str:
@@ -158,6 +159,12 @@ def block_scales(scale: Tensor, square: bool) -> Tensor:
 
 def _native_int8(left: Quantized, right: Quantized, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
     """Products and sums in int32, exact; then one rounding."""
-    total = torch._int_mm(left.codes.contiguous(), right.codes.contiguous().t())
+    a, b = left.codes, right.codes.t()
+    if by_cpu_kernel(a):
+        (M, _), (_, N) = a.shape, b.shape
+        total = torch._int_mm(a, b)  # either order of the codes in memory multiplies at the same speed here
+        scales = left.scale.view(-1).expand(M), right.scale.view(-1).expand(N)
+        return quantize_cpu.rescale(total, *scales, bias, torch.empty(M, N, dtype=dtype))
+    total = torch._int_mm(a.contiguous(), b if b.t().is_contiguous() else b.t().contiguous().t())
     y = total.float() * left.scale.view(-1, 1) * right.scale.view(1, -1)
     return (y if bias is None else y + bias.float()).to(dtype)

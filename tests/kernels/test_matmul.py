@@ -95,9 +95,7 @@ def test_an_empty_operand_has_no_native_product():
     assert scaled_matmul(left, right, "fp32", torch.bfloat16).shape == (0, 16)
 
 
-def test_the_cpu_quantizes_by_the_definition():
-    choice = dispatch.quantize_execution(torch.device("cpu"))
-    assert choice.value == "definition"
+def test_what_quantizes_does_not_show():
     x, fmt = torch.randn(8, 32), Format.parse("fp8_e4m3")
     from fewbits.numerics.scaling import Granularity
 

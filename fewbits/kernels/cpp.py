@@ -1,0 +1,121 @@
+"""C++ sources of this package, compiled on first use by the system's compiler and called by pointers to data.
+
+A library is kept in the cache folder under a name made of its source, the compiler, its flags and those of the
+processor, so that nothing stale is ever loaded; it appears there by a rename, whole or not at all. Work is spread over
+the threads of torch's own OpenMP runtime: a second one would spin against it. Where no compiler is, the definitions run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewbits.choice import Choice
+
+# No contraction into fused multiply-adds: results must be those of the definitions, on any processor. No trap and no
+# errno is asked for, without which rint and the comparisons would not become vectors.
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+_SHARED = ("-fPIC", "-shared", "-fvisibility=hidden", "-w")
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Numbers of the element formats, as elements.hpp has them."""
+_HEADERS = ("elements.hpp", "parallel.hpp")
+_HERE = Path(__file__).parent
+
+
+def cache_root() -> Path:
+    """The folder for what can be built again: `FEWBITS_CACHE`, else `~/.cache/fewbits`."""
+    return Path(os.environ.get("FEWBITS_CACHE") or Path.home() / ".cache" / "fewbits").expanduser()
+
+
+def compiler() -> list[str]:
+    """The command of a C++ compiler: `CXX`, else g++, clang++ or c++; empty where none is installed."""
+    wanted = shlex.split(os.environ.get("CXX", "")) or next(
+        ([name] for name in ("g++", "clang++", "c++") if shutil.which(name)), []
+    )
+    return wanted if wanted and shutil.which(wanted[0]) else []
+
+
+def library(name: str) -> Choice:
+    """Choice(the loaded library of `name`.cpp, or None; why). Compiled once a cache, loaded once a process."""
+    return _library(name, os.environ.get("CXX", ""), str(cache_root()))
+
+
+@functools.cache
+def _library(name: str, _compiler: str, _folder: str) -> Choice:
+    command = compiler()
+    if not command:
+        given = os.environ.get("CXX", "")
+        return Choice(None, f"CXX={given} is not there" if given else "no C++ compiler is installed")
+    try:
+        path = _built(name, command)
+        loaded = ctypes.CDLL(str(path))
+    except subprocess.CalledProcessError as error:
+        first = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr[:200])
+        return Choice(None, f"{command[0]} did not compile {name}.cpp: {first}")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Choice(None, f"{name}.cpp could not be built: {error}")
+    loaded.use_launcher(_launcher())
+    return Choice(loaded, f"{name}.cpp, compiled by {command[0]}")
+
+
+def _built(name: str, command: list[str]) -> Path:
+    """The path of the compiled library, compiled now where the cache does not have it."""
+    sources = [(_HERE / file).read_bytes() for file in (*_HEADERS, f"{name}.cpp")]
+    version = subprocess.run([*command, "--version"], capture_output=True, check=True, timeout=60).stdout
+    about = [version, " ".join([*command, *FLAGS, *_SHARED]).encode(), _processor().encode()]
+    key = hashlib.sha256(b"\0".join([*sources, *about])).hexdigest()[:24]
+    folder = cache_root() / "kernels"
+    path = folder / f"{name}-{key}.so"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, unfinished = tempfile.mkstemp(".tmp", path.stem, folder)
+    os.close(handle)
+    try:
+        subprocess.run(
+            [*command, *FLAGS, *_SHARED, str(_HERE / f"{name}.cpp"), "-o", unfinished],
+            capture_output=True, text=True, check=True, timeout=300,
+        )  # fmt: skip
+        os.replace(unfinished, path)
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+    return path
+
+
+def _processor() -> str:
+    """What `-march=native` depends on, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+def _launcher() -> ctypes.c_void_p | None:
+    """GOMP_parallel of the OpenMP runtime that torch has loaded (LLVM's has it too), or None: work is then not spread."""
+    bundled = sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*"))
+    bundled += sorted((Path(torch.__file__).parent.parent / "torch.libs").glob("lib*omp*.so*"))
+    for place in (*bundled, None):
+        try:
+            runtime = ctypes.CDLL(None if place is None else str(place), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+            return ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p)
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def pointer(x: Tensor | None) -> ctypes.c_void_p:
+    """Where the data of a tensor begins; null for None."""
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
