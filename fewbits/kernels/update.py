@@ -93,25 +93,21 @@ class Table:
 
     def __init__(self, variant: Variant, rows: Sequence[Row], cut: Cut = Cut()) -> None:  # noqa: B008  # immutable
         self.variant, self.cut, self.device = variant, cut, rows[0].working.device
-        self._sizes = [row.working.numel() for row in rows]
-        self._addresses = [row.addresses() for row in rows]
-        self._scalars = [row.scalars for row in rows]
-        self._chunks = _chunks(self._sizes, cut.block, self.device)
-        self._wide_chunks = _chunks(self._sizes, cut.norm_block * cut.norm_repeat, self.device)
+        sizes = [row.working.numel() for row in rows]
+        host = [[*row.addresses(), size, 0, row.scalars] for row, size in zip(rows, sizes, strict=True)]
+        self._host = torch.tensor(host, dtype=torch.int64)
+        self._chunks = _chunks(sizes, cut.block, self.device)
+        self._wide_chunks = _chunks(sizes, cut.norm_block * cut.norm_repeat, self.device)
         self._upload()
 
     def move_gradients(self, addresses: Sequence[int]) -> None:
         """The gradients lie elsewhere now, everything else where it was."""
-        for held, address in zip(self._addresses, addresses, strict=True):
-            held[0] = address
+        self._host[:, 0] = torch.tensor(addresses, dtype=torch.int64)
         self._upload()
 
     def _upload(self) -> None:
-        rows = [
-            [*held, size, int(not any(address % 16 for address in held)), scalars]
-            for held, size, scalars in zip(self._addresses, self._sizes, self._scalars, strict=True)
-        ]
-        self._table = to_device(torch.tensor(rows, dtype=torch.int64), self.device)
+        self._host[:, 6] = (self._host[:, :5] % 16 == 0).all(dim=1)  # a warp then loads 16 bytes a thread
+        self._table = to_device(self._host.clone(), self.device)
 
     def update(self, scalars: Tensor, factor: Tensor, clip_value: Tensor | None, applied: Tensor) -> None:
         """One update of all tensors in place; where `applied` is false every bit stays.

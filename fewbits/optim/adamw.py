@@ -43,7 +43,7 @@ class AdamW(_AdamLike):
 
     params: parameters, named parameters or groups; decay applies to all it is given: group them to spare norms.
     master: "auto" (split for bf16, fp32 for fp16, none for fp32 and fp64), "fp32", "split", "none". moments: "fp32".
-    compile: "auto" compiles the update on CUDA where Triton is installed; True and False force it.
+    compile: "auto" updates by one Triton kernel on CUDA; True compiles the definition with torch.compile, False runs it.
     """
 
     rule = staticmethod(adamw_)

@@ -6,7 +6,7 @@ make again. Where only gradients moved (backward allocates them anew), the table
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,12 +30,13 @@ class Bundle(NamedTuple):
 class Layout(NamedTuple):
     """Where everything lies that a step touches: `fixed` should never change, `gradients` are addresses.
 
-    whole: no gradient is a DTensor, of which this rank has only a part.
+    whole: no gradient is a DTensor, of which this rank has only a part. parameters: those with a gradient.
     """
 
     fixed: list[object]
     gradients: list[int]
     whole: bool
+    parameters: list[Tensor]
 
 
 def layout(
@@ -47,6 +48,7 @@ def layout(
     """The layout of all parameters with a gradient, in order; None where a gradient is sparse or state is missing."""
     fixed: list[object] = []
     addresses: list[int] = []
+    parameters: list[Tensor] = []
     whole = True
     for group in groups:
         fixed += (id(group), moments(group))
@@ -59,10 +61,14 @@ def layout(
                 return None
             if type(gradient) is not Tensor:
                 whole, gradient = whole and not is_sharded(gradient), _plain(gradient)
+            parameters.append(parameter)
             addresses.append(gradient.data_ptr())
-            fixed += (id(parameter), _plain(parameter).data_ptr(), gradient.dtype, gradient.shape)
-            fixed += (gradient.is_contiguous(), *[_plain(tensor).data_ptr() for tensor in held.values()])
-    return Layout(fixed, addresses, whole)
+            fixed += (id(parameter), gradient.dtype, gradient.numel(), gradient.is_contiguous())
+            mine: Iterable[Tensor] = (parameter, *held.values())
+            if type(parameter) is not Parameter:
+                mine = map(_plain, mine)
+            fixed += map(Tensor.data_ptr, mine)
+    return Layout(fixed, addresses, whole, parameters)
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -72,7 +78,8 @@ def _plain(tensor: Tensor) -> Tensor:
 class Tables:
     """The tables of everything in one layout, and `rest`: what no table takes, by the keys its bundles came with.
 
-    Tables keep addresses, not tensors: a gradient that is let go is free. Items of the rest are tensors: for one step.
+    Tables keep addresses, not tensors: a gradient that is let go is free, and so is state that moves away. Items of the
+    rest are tensors: for one step.
     """
 
     def __init__(self, where: Layout, found: Mapping[Any, Bundle], rule: Rule, names: Sequence[str], cut: Cut) -> None:
@@ -97,7 +104,7 @@ class Tables:
         for (variant, _), placed in rows.items():
             self.tables.append(Table(variant, [row for _, row in placed], cut))
             self._places.append([place for place, _ in placed])
-            self.weights += [row.working for _, row in placed]
+            self.weights += [where.parameters[place] for place, _ in placed]
         owners = {
             (id(bundle.group), id(bundle.since)): bundle for bundle in found.values()
         }  # in the order of `numbers`
