@@ -183,7 +183,9 @@ def _both(x: Tensor, scale: Tensor, format: Format, granularity: Granularity, sc
 
 def in_layouts(x: Tensor, format: Format, granularity: Granularity, rounding: str, scales: str) -> bool:
     """Whether the kernels of layouts.py make the codes of a matrix, in compiled code or together with others."""
-    kernel = layouts_execution(x.device).value == "kernel"
+    # the classes of a compiler have plain memory behind them, others (shards of a tensor) may not
+    plain = type(x) in (Tensor, torch.nn.Parameter) or type(x).__name__ in ("FakeTensor", "FunctionalTensor")
+    kernel = plain and layouts_execution(x.device).value == "kernel"
     return kernel and not layouts.why_not(x, format, granularity, rounding, scales)
 
 

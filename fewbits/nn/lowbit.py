@@ -368,9 +368,8 @@ def together(layer: Any) -> bool:
     recipe, weight = recipe_of(layer.recipe), layer.weight
     if layer.fake or recipe.output is None or not shared_weight(recipe) or recipe.output.right.scaling == "unit":
         return False
-    operand = recipe.output.right
-    plain_weight = type(weight) in (Tensor, nn.Parameter) and weight.is_contiguous()
-    return plain_weight and in_layouts(weight, operand.format, operand.granularity, operand.rounding, operand.scaling)
+    operand, alone = recipe.output.right, not weight.is_contiguous()
+    return not alone and in_layouts(weight, operand.format, operand.granularity, operand.rounding, operand.scaling)
 
 
 def scale_history(model: nn.Module) -> dict[str, list[list[float]]]:

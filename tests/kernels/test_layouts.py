@@ -11,8 +11,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 triton = pytest.importorskip("triton")
 
+import fewbits
+from fewbits import AdamW, ModelConfig, Step, Transformer
+from fewbits.choice import Choice
 from fewbits.formats import Format
-from fewbits.kernels import layouts
+from fewbits.kernels import dispatch, layouts
+from fewbits.nn.lowbit import held_weights, scale_history
 from fewbits.numerics import quantize as definition
 from fewbits.numerics.scaling import Granularity, power_of_two_scale
 
@@ -134,3 +138,26 @@ def test_what_does_not_fit_is_named():
         (x[:0], e4m3, tensor, "nearest-even", "power-of-two"),
     ):
         assert layouts.why_not(*arguments)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp8-delayed"])
+def test_steps_by_the_kernels_are_those_of_the_definition(precision, monkeypatch):
+    """Weights together, and under delayed scaling activations and gradients by `encode_both` too: the same codes, so the
+    same steps, histories and weights bit for bit."""
+    config = ModelConfig(vocab_size=61, context=16, n_layer=2, n_head=2, n_embd=64, norm="rmsnorm", bias=False)
+    ends = []
+    for choice in ("definition", "kernel"):
+        monkeypatch.setitem(dispatch._choices, ("both layouts of fp8 codes", "cpu"), Choice(choice, "a test"))
+        model = fewbits.prepare(Transformer(config), precision)
+        step = Step(model, AdamW(model.named_parameters(), lr=1e-2), precision)
+        for i in range(3):
+            ids = torch.randint(61, (4, 17), generator=torch.Generator().manual_seed(i))
+            result = step([{"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}])
+            assert bool(result.applied)
+        with held_weights(model):
+            held = [m.held for m in model.modules() if getattr(m, "recipe", "")]
+            assert all(one.grad_input_codes.is_contiguous() == (choice == "kernel") for one in held)
+        ends.append(({name: p.detach().clone() for name, p in model.named_parameters()}, scale_history(model)))
+    assert ends[0][1] == ends[1][1] and bool(ends[0][1]) == (precision == "fp8-delayed")
+    for name, weight in ends[0][0].items():
+        assert torch.equal(weight, ends[1][0][name]), name
