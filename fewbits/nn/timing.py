@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -78,9 +79,9 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> Interv
     return Interval(statistics.median(ordered), ordered[cut - 1], ordered[n - cut])
 
 
-def paired(times: Sequence[float], base: Sequence[float]) -> Interval:
+def paired(times: Sequence[float], base: Sequence[float], confidence: float = 0.95) -> Interval:
     """Time over the base's time of the same round: its median and interval; below 1 is faster."""
-    return median_interval([a / b for a, b in zip(times, base, strict=False)])
+    return median_interval([a / b for a, b in zip(times, base, strict=False)], confidence)
 
 
 def race(
@@ -89,17 +90,18 @@ def race(
     rounds: int = ROUNDS,
     budget_s: float = BUDGET_S,
     hopeless: float = math.inf,
+    seed: int = 0,
 ) -> dict[str, list[float]]:
-    """What each call returns (a time) over rounds in which all take turns, the order turning too.
+    """What each call returns (a time) over rounds in which all take turns, in an order drawn from `seed` for each
+    round: going round in a circle, each would always find caches and heap as the same neighbour left them.
 
     From LEAST_ROUNDS on, a call whose ratio to `base` lies above `hopeless` with its whole interval drops out; it ends when
     only the base is left, after `rounds`, or at the first round (of those) that begins after `budget_s` seconds.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    racing, began = list(calls), time.perf_counter()
+    racing, began, order = list(calls), time.perf_counter(), random.Random(seed)
     for number in range(rounds):
-        turn = number % len(racing)
-        for name in racing[turn:] + racing[:turn]:
+        for name in order.sample(racing, len(racing)):
             times[name].append(calls[name]())
         if number + 1 < LEAST_ROUNDS:
             continue

@@ -129,7 +129,10 @@ def test_a_race_takes_turns_and_drops_what_has_lost() -> None:
     calls = {name: clock(itertools.repeat(t), log, name) for name, t in (("base", 1.0), ("quick", 0.5), ("slow", 2.0))}
     times = race(calls, "base", rounds=9, budget_s=60.0, hopeless=1.0)
     assert [len(times[name]) for name in calls] == [9, 9, LEAST_ROUNDS]
-    assert log[:6] == ["base", "quick", "slow", "quick", "slow", "base"], "every round begins with another one"
+    whole = log[: 3 * LEAST_ROUNDS]
+    assert all(sorted(whole[i : i + 3]) == sorted(calls) for i in range(0, len(whole), 3)), "a round asks each once"
+    after = {name: {a for a, b in itertools.pairwise(log) if b == name} for name in ("base", "quick")}
+    assert all(len(before) > 1 for before in after.values()), "nobody always follows the same one"
     assert paired(times["quick"], times["base"]) == Interval(0.5, 0.5, 0.5)
 
 
