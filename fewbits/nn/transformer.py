@@ -20,6 +20,7 @@ from fewbits.nn.norm import LayerNorm, RMSNorm
 from fewbits.numerics.activation import gelu
 from fewbits.numerics.loss import Pieces
 from fewbits.numerics.wide import widen
+from fewbits.ranges import BLOCK, LOSS_HEAD, span
 
 # Beyond these a size is a typing error, not a model (the largest public models stay a factor of 10 below).
 _LARGEST = {"vocab_size": 10_000_000, "context": 10_000_000, "n_layer": 10_000, "n_head": 10_000, "n_embd": 1_000_000}
@@ -285,8 +286,9 @@ class Transformer(nn.Module):
         rotary = self._rotary(T, positions)
         mask = None if documents is None else document_mask(documents)
         run = self._run_train if self.training else self._run_evaluate
-        for block in self.blocks:
-            x = run(block, x, rotary, mask)
+        for number, block in enumerate(self.blocks):
+            with span(BLOCK, number):
+                x = run(block, x, rotary, mask)
         return (self._run_norm if self.training else _train_norm)(self.norm, x)
 
     def _rotary(self, T: int, positions: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -305,4 +307,5 @@ class Transformer(nn.Module):
         """Sum of the losses in nats over the real targets of {"input_ids", "labels", "documents"?, "positions"?}."""
         hidden = self.hidden(micro_batch["input_ids"], micro_batch.get("documents"), micro_batch.get("positions"))
         pieces = self._pieces if self.training else None
-        return loss_sum(hidden, self.head_weight, micro_batch["labels"], self.tf32, pieces, self.logits)
+        with span(LOSS_HEAD):
+            return loss_sum(hidden, self.head_weight, micro_batch["labels"], self.tf32, pieces, self.logits)
