@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from fewbits.errors import FewbitsError
-from fewbits.step import StepResult
+from fewbits.step import Step, StepResult
 from fewbits.train.build import build_training, open_data
 from fewbits.train.compiling import keep_compiled_code
 from fewbits.train.config import Config
@@ -70,6 +70,9 @@ class Stepping(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+    @property
+    def step(self) -> Step: ...
 
     def take_step(self) -> StepResult: ...
 

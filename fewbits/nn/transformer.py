@@ -124,17 +124,18 @@ class ModelConfig:
         ends = self.vocab_size * D * (1 if self.tied else 2) + (self.context * D if self.positions == "learned" else 0)
         return L * (2 * norm + attention + mlp) + norm + ends
 
-    def flops_per_token(self, context: int | None = None) -> int:
+    def flops_per_token(self, context: int | None = None, causal: bool = True) -> int:
         """Model FLOPs of forward and backward for one token: 6 N + 6 L D T.
 
         N counts the weights that are multiplied (every matrix, the head once, no look-ups); the second term is causal
-        attention, half of the 12 L D T of full attention (Chowdhery et al. 2022, appendix B).
+        attention, half of the 12 L D T of full attention (Chowdhery et al. 2022, appendix B). `causal=False` counts it in
+        full, as that paper and torch's FlopCounterMode do, which does not know that half of the scores are masked.
         """
         D, T = self.n_embd, context or self.context
         qkv = (self.n_head + 2 * self.kv_heads) * self.head_dim
         up = 2 if self.activation == "swiglu" else 1
         N = self.n_layer * (D * qkv + D * D + (up + 1) * D * self.ff) + self.vocab_size * D
-        return 6 * N + 6 * self.n_layer * D * T
+        return 6 * N + (6 if causal else 12) * self.n_layer * D * T
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ModelConfig:
