@@ -36,6 +36,7 @@ _HOME = {
     "StepResult": "fewbits.step",
     "load": "fewbits.checkpoint.hf",
     "compare": "fewbits.lab.compare",
+    "bench": "fewbits.lab.bench",
     "choose_layers": "fewbits.train.layers",
 }
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "StepResult",
     "Transformer",
     "__version__",
+    "bench",
     "cast",
     "choose_layers",
     "compare",
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
     from fewbits.choice import Choice
     from fewbits.errors import FewbitsError
     from fewbits.formats import Format
+    from fewbits.lab.bench import bench
     from fewbits.lab.compare import compare
     from fewbits.nn.prepare import prepare, unprepare
     from fewbits.nn.transformer import ModelConfig, Transformer

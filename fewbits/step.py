@@ -30,6 +30,7 @@ from fewbits.optim.loss_scale import LossScale, parse
 from fewbits.optim.schedule import Schedule
 from fewbits.precision.precision import Precision
 from fewbits.precision.switches import torch_switches
+from fewbits.ranges import BACKWARD, FORWARD, UPDATE, ranges_are_recorded, span
 
 MicroBatch = Mapping[str, Tensor]
 Loss = Callable[[nn.Module, MicroBatch], Tensor]
@@ -132,7 +133,7 @@ class Step:
         """Takes one step over all micro-batches of it, each {"input_ids", "labels", ...} on the device of the model."""
         if not micro_batches:
             raise FewbitsError("a step got no micro-batches; give at least one.")
-        if self.graph is None:
+        if self.graph is None or ranges_are_recorded():  # what is replayed has no ranges: kernels would be nameless
             result = self._take(micro_batches)
         else:
             self._fill_keys(len(micro_batches))
@@ -148,15 +149,17 @@ class Step:
             loss = self._forward_backward(micro_batches, scale)
         gradients = self._gradients()
         inv_scale = scale.to(self.wide).reciprocal()
-        grad_norm = self.optimizer.grad_norm(gradients, self.clip_kind) * inv_scale
+        with span(UPDATE):
+            grad_norm = self.optimizer.grad_norm(gradients, self.clip_kind) * inv_scale
         finite = torch.isfinite(grad_norm) & torch.isfinite(loss)
         applied = finite & ~self.latched
         factor, by_value = inv_scale, self.clip if self.clip_kind == "value" else None
         if self.clip is not None and by_value is None:
             factor = inv_scale * coefficient(grad_norm, self.clip)
-        self.optimizer.apply(
-            factor=factor, applied=applied, lr_factor=self.lr_factor(), clip_value=by_value, gradients=gradients
-        )
+        with span(UPDATE):
+            self.optimizer.apply(
+                factor=factor, applied=applied, lr_factor=self.lr_factor(), clip_value=by_value, gradients=gradients
+            )
         self.latched |= ~torch.isfinite(loss) | (~finite & ~self.scale.can_cure())
         self.scale.update_(finite, hold=self.latched)
         self.skipped += ~applied
@@ -201,11 +204,13 @@ class Step:
         total = torch.zeros((), dtype=self.wide, device=self.device)
         for index, micro_batch in enumerate(micro_batches):
             with self._keyed(index), gradient_factor(factor):
-                loss_sum = self.loss(self.model, micro_batch)
+                with span(FORWARD):
+                    loss_sum = self.loss(self.model, micro_batch)
                 if loss_sum.dtype.itemsize < 4:
                     raise FewbitsError(f"the loss came as {loss_sum.dtype}; return the sum over real targets in fp32.")
                 # the very number that was announced arrives in the head, which then knows without asking the device
-                loss_sum.backward(factor.to(loss_sum.dtype).expand_as(loss_sum))  # type: ignore[no-untyped-call]
+                with span(BACKWARD):
+                    loss_sum.backward(factor.to(loss_sum.dtype).expand_as(loss_sum))  # type: ignore[no-untyped-call]
             total += loss_sum.detach()
             if len(micro_batches) > 1:
                 self._accumulate()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import getpass
 import os
+import tempfile
 
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[_name] = "1"  # before torch is imported, here and in the subprocesses of tests
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network
+# what torch's compiler made for an earlier run of the suite is used again: its own default place, not a session's cache
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+)
 for _name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
     os.environ.pop(_name, None)
 
 import random
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 

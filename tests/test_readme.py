@@ -25,6 +25,7 @@ MADE_SHORT = {
     "train shakespeare-char": TINY,
     "train --out_dir": [*TINY, "--tokenizer", "bytes", "--data", "my_texts"],
     "train": [*TINY, "--tokenizer", "bytes"],
+    "bench": [*TINY, "--micro_batches", "1", "--precisions", "fp32", "--seconds", "0.01"],
     "compare": [*TINY, "--tokenizer", "bytes", "--data", "my_texts", "--seeds", "1", "--rounds", "0"],
     "generate": ["--tokens", "4"],
     "quantize": ["--eval_batches", "1", "--device", "cpu"],

@@ -26,6 +26,9 @@ COMMANDS = {
         "train": ("fewbits.cli.train", "Train a language model, at once or from a recipe."),
         "compare": ("fewbits.cli.compare", "Train under several precisions or options, and give a verdict."),
     },
+    "Look at a device": {
+        "bench": ("fewbits.cli.bench", "Measure what this device allows, and where a step's time goes."),
+    },
     "Look at a run": {
         "report": ("fewbits.cli.report", "Write one HTML page about a run."),
         "eval": ("fewbits.cli.eval", "Measure a run's model on held-out or other text."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -13,14 +14,39 @@ from fewbits.train.aliases import apply_options
 from fewbits.train.config import Config, load_recipe, override, recipes
 from fewbits.train.room import host_bytes, refuse_oversize
 
+PROFILED = 5  # steps, where --profile has no number
 
-@click.command(cls=ConfigCommand, name="train")
+
+class TrainCommand(ConfigCommand):
+    """`fewbits train`, whose `--profile` takes a number or none: `--profile nano` profiles the recipe nano."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, _number_of_steps(args))
+
+
+def _number_of_steps(args: Sequence[str]) -> list[str]:
+    found = list(args)
+    for position, word in enumerate(found):
+        following = found[position + 1] if position + 1 < len(found) else ""
+        if word == "--profile" and not following.lstrip("-").isdecimal():
+            found[position] = f"--profile={PROFILED}"
+    return found
+
+
+@click.command(cls=TrainCommand, name="train")
 @click.argument("recipe", required=False)
 @click.option(
     "--config", "file", metavar="FILE", help="A recipe of your own, or a run's config.toml, in place of RECIPE."
 )
 @click.option("--resume", "run", metavar="RUN", help="Go on with a run from its last checkpoint, bit for bit.")
-def train(recipe: str | None, file: str | None, run: str | None, given: dict[str, str]) -> int:
+@click.option(
+    "--profile",
+    type=int,
+    default=0,
+    metavar="[STEPS]",
+    help=f"Profile some steps ({PROFILED}) after a warm-up: a trace, and where the time went.",
+)
+def train(recipe: str | None, file: str | None, run: str | None, profile: int, given: dict[str, str]) -> int:
     """Train a language model.
 
     RECIPE is nano (the default), shakespeare-char, gpt2-124m, llama-1b, minimind-64m, or the path of a TOML file.
@@ -31,13 +57,14 @@ def train(recipe: str | None, file: str | None, run: str | None, given: dict[str
     fewbits train --data my_texts/ --max_steps 2000
     fewbits train gpt2-124m --data corpus.jsonl --precision bf16-mixed
     fewbits train --resume runs/nano-1
+    fewbits train --max_steps 20 --profile
     """
     if run is not None:
-        return _resume(run, recipe or file, given)
+        return _resume(run, recipe or file, given, profile)
     config, notes = apply_options(_base(recipe, file), given)
     config.check()
     refuse_oversize(config, _available(config.train.device))
-    return _train(config, None, notes)
+    return _train(config, None, notes, profile)
 
 
 def _base(recipe: str | None, file: str | None) -> Config:
@@ -53,7 +80,7 @@ def _base(recipe: str | None, file: str | None) -> Config:
     return config
 
 
-def _resume(text: str, base: str | None, given: dict[str, str]) -> int:
+def _resume(text: str, base: str | None, given: dict[str, str], profile: int) -> int:
     """Goes on with a run under its own config; the trainer knows which options may be given anew."""
     if base is not None:
         raise FewbitsError(f"--resume takes everything from the run itself; leave out {base!r}.")
@@ -66,10 +93,10 @@ def _resume(text: str, base: str | None, given: dict[str, str]) -> int:
 
     path = Path(text) if Path(text).exists() else run
     refuse_passed(apply_options(override(stored, "train.stop_at", "0"), given)[0].train.stop_at, path)
-    return _train(config, path, notes)
+    return _train(config, path, notes, profile)
 
 
-def _train(config: Config, resume: Path | None, notes: list[str]) -> int:
+def _train(config: Config, resume: Path | None, notes: list[str], profile: int) -> int:
     from fewbits.report.html import write_report
     from fewbits.train.trainer import exit_code
     from fewbits.train.trainer import train as run_training
@@ -77,7 +104,7 @@ def _train(config: Config, resume: Path | None, notes: list[str]) -> int:
     console = make_console()
     for note in notes:
         console.print(note)
-    summary = run_training(config, resume=resume, console=console)
+    summary = run_training(config, resume=resume, console=console, profile=profile)
     console.print(f"page        {write_report(Path(summary['out_dir']))}")
     return exit_code(summary)
 

@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from fewbits.errors import FewbitsError
-from fewbits.train.build import Training, build_training, open_data
+from fewbits.step import Step, StepResult
+from fewbits.train.build import build_training, open_data
+from fewbits.train.compiling import keep_compiled_code
 from fewbits.train.config import Config
 from fewbits.train.execution import choose_execution
 from fewbits.train.memory import MemoryMeter, resident_bytes
@@ -30,6 +32,7 @@ PIECES = 8  # the timed stretch is cut in about so many pieces; their median ign
 
 def run_block(config: Config, seconds: float, least_steps: int = 4) -> dict[str, Any]:
     """Time steps of a training for about `seconds`; returns what `main` prints. Raises FewbitsError."""
+    keep_compiled_code(config.data.cache)
     data = open_data(config)
     config = config.resolve_vocabulary(data.tokenizer.vocab_size)
     choices = choose_execution(config)
@@ -62,7 +65,19 @@ def run_block(config: Config, seconds: float, least_steps: int = 4) -> dict[str,
     }
 
 
-def warm_up(training: Training, meter: MemoryMeter) -> int:
+class Stepping(Protocol):
+    """Something whose steps are timed: a Training, or a model on a batch that lies ready."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def step(self) -> Step: ...
+
+    def take_step(self) -> StepResult: ...
+
+
+def warm_up(training: Stepping, meter: MemoryMeter) -> int:
     """Take steps until the state is made, memory is measured and an update was applied; the number of steps taken."""
     applied = False
     for taken in range(1, MOST_WARMUP + 1):
@@ -76,7 +91,7 @@ def warm_up(training: Training, meter: MemoryMeter) -> int:
     return taken
 
 
-def time_steps(training: Training, seconds: float, least_steps: int) -> tuple[list[float], int, int]:
+def time_steps(training: Stepping, seconds: float, least_steps: int) -> tuple[list[float], int, int]:
     """(seconds a step in each piece, steps, applied steps). The device is awaited once a piece, not once a step."""
     wait: Callable[[], None] = torch.cuda.synchronize if training.device.type == "cuda" else _nothing
     wait()

@@ -1,4 +1,4 @@
-"""How far a comparison is: one bar with an ETA in a terminal, plain lines elsewhere."""
+"""How far a comparison or a bench is: one bar with an ETA in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fewbits.train.events import clock, printable
 class Watch:
     """Shows finished pieces as lines and the whole as one bar. `quiet` shows nothing."""
 
-    def __init__(self, console: Console | None = None, quiet: bool = False):
+    def __init__(self, console: Console | None = None, quiet: bool = False, what: str = "compare"):
         self._console = Console(quiet=True) if quiet else console or Console()
         self._encoding = getattr(self._console.file, "encoding", None) or "utf-8"
         self._bar = Progress(
-            TextColumn("compare"),
+            TextColumn(what),
             BarColumn(24),
             TextColumn("{task.fields[eta]}"),
             TextColumn("{task.fields[state]}"),
@@ -27,7 +27,7 @@ class Watch:
             refresh_per_second=2,
             disable=not self._console.is_terminal or quiet,
         )
-        self._task = self._bar.add_task("compare", total=None, eta="", state="")
+        self._task = self._bar.add_task(what, total=None, eta="", state="")
         self._left = 0.0
         self._began = time.monotonic()
 
@@ -53,7 +53,7 @@ class Watch:
         left = self.eta(part)
         spent = time.monotonic() - self._began
         total = None if left is None else left + spent
-        eta = f"ETA {clock(left)}" if left is not None else "ETA after the first blocks"
+        eta = f"ETA {clock(left)}" if left is not None else "ETA after the first part"
         self._bar.update(self._task, total=total, completed=spent, eta=eta, state=printable(text, self._encoding))
 
     def line(self, text: str, style: str = "") -> None:

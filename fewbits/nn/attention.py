@@ -10,6 +10,7 @@ from fewbits.nn.linear import FORMAT_OF, Linear
 from fewbits.nn.norm import RMSNorm
 from fewbits.numerics.attention import short_attention
 from fewbits.numerics.wide import widen
+from fewbits.ranges import ATTENTION, span
 
 
 def rotary_table(context: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -84,5 +85,6 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        with span(ATTENTION):
+            y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.output(y.transpose(1, 2).reshape(B, T, D))  # type: ignore[no-any-return]

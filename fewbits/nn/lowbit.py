@@ -24,6 +24,7 @@ from fewbits.numerics.quantize import Both, Key, Quantized, encode
 from fewbits.numerics.scaling import block_amax, power_of_two_scale
 from fewbits.numerics.wide import widen
 from fewbits.precision.recipe import Operand, Recipe
+from fewbits.ranges import QUANTIZE, span
 
 ACTIVATION, WEIGHT, GRADIENT = range(3)
 # added to a layer's key, so that each of its operands draws its own numbers; the Hadamard signs of a pair are the same
@@ -328,7 +329,8 @@ def held_weights(model: nn.Module) -> Iterator[None]:
     try:
         for store in stores:
             store.begin()
-        _hold_all(layers)
+        with span(QUANTIZE):
+            _hold_all(layers)
         yield
         for store in stores:
             store.end()

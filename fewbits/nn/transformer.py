@@ -20,6 +20,7 @@ from fewbits.nn.norm import LayerNorm, RMSNorm
 from fewbits.numerics.activation import gelu
 from fewbits.numerics.loss import Pieces
 from fewbits.numerics.wide import widen
+from fewbits.ranges import BLOCK, LOSS_HEAD, span
 
 # Beyond these a size is a typing error, not a model (the largest public models stay a factor of 10 below).
 _LARGEST = {"vocab_size": 10_000_000, "context": 10_000_000, "n_layer": 10_000, "n_head": 10_000, "n_embd": 1_000_000}
@@ -123,17 +124,18 @@ class ModelConfig:
         ends = self.vocab_size * D * (1 if self.tied else 2) + (self.context * D if self.positions == "learned" else 0)
         return L * (2 * norm + attention + mlp) + norm + ends
 
-    def flops_per_token(self, context: int | None = None) -> int:
+    def flops_per_token(self, context: int | None = None, causal: bool = True) -> int:
         """Model FLOPs of forward and backward for one token: 6 N + 6 L D T.
 
         N counts the weights that are multiplied (every matrix, the head once, no look-ups); the second term is causal
-        attention, half of the 12 L D T of full attention (Chowdhery et al. 2022, appendix B).
+        attention, half of the 12 L D T of full attention (Chowdhery et al. 2022, appendix B). `causal=False` counts it in
+        full, as that paper and torch's FlopCounterMode do, which does not know that half of the scores are masked.
         """
         D, T = self.n_embd, context or self.context
         qkv = (self.n_head + 2 * self.kv_heads) * self.head_dim
         up = 2 if self.activation == "swiglu" else 1
         N = self.n_layer * (D * qkv + D * D + (up + 1) * D * self.ff) + self.vocab_size * D
-        return 6 * N + 6 * self.n_layer * D * T
+        return 6 * N + (6 if causal else 12) * self.n_layer * D * T
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ModelConfig:
@@ -285,8 +287,9 @@ class Transformer(nn.Module):
         rotary = self._rotary(T, positions)
         mask = None if documents is None else document_mask(documents)
         run = self._run_train if self.training else self._run_evaluate
-        for block in self.blocks:
-            x = run(block, x, rotary, mask)
+        for number, block in enumerate(self.blocks):
+            with span(BLOCK, number):
+                x = run(block, x, rotary, mask)
         return (self._run_norm if self.training else _train_norm)(self.norm, x)
 
     def _rotary(self, T: int, positions: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -305,4 +308,5 @@ class Transformer(nn.Module):
         """Sum of the losses in nats over the real targets of {"input_ids", "labels", "documents"?, "positions"?}."""
         hidden = self.hidden(micro_batch["input_ids"], micro_batch.get("documents"), micro_batch.get("positions"))
         pieces = self._pieces if self.training else None
-        return loss_sum(hidden, self.head_weight, micro_batch["labels"], self.tf32, pieces, self.logits)
+        with span(LOSS_HEAD):
+            return loss_sum(hidden, self.head_weight, micro_batch["labels"], self.tf32, pieces, self.logits)

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from fewbits import __version__
 from fewbits.errors import FewbitsError
 from fewbits.precision.precision import Precision
+from fewbits.report.bench import bench_view, read_bench
 from fewbits.report.compared import comparison_view, read_comparison
 from fewbits.report.quantized import quantized_view
 from fewbits.report.record import RunRecord, read_run
@@ -37,6 +38,8 @@ def write_report(run: Path) -> Path:
     run = Path(run)
     if (run / "compare.json").is_file():
         return write_comparison(run / "compare.json")
+    if (run / "bench.json").is_file():
+        return write_bench(run / "bench.json")
     return _write(run / "report.html", "run.html", run_view(read_run(run)))
 
 
@@ -44,6 +47,12 @@ def write_comparison(compare_json: Path) -> Path:
     """Write report.html beside a compare.json, finished or not, and return its path. Raises FewbitsError."""
     path = Path(compare_json)
     return _write(path.parent / "report.html", "comparison.html", comparison_view(read_comparison(path), path.parent))
+
+
+def write_bench(bench_json: Path) -> Path:
+    """Write report.html beside a bench.json, finished or not, and return its path. Raises FewbitsError."""
+    path = Path(bench_json)
+    return _write(path.parent / "report.html", "bench.html", bench_view(read_bench(path), path.parent))
 
 
 def quantized_page(document: Mapping[str, Any], out: Path) -> str:

@@ -25,6 +25,7 @@ from fewbits.optim.loss_scale import parse
 from fewbits.optim.schedule import Schedule
 from fewbits.optim.sgd import SGD
 from fewbits.precision.precision import Precision
+from fewbits.ranges import DATA, span
 from fewbits.step import Step, StepResult
 from fewbits.train.choices import Choices
 from fewbits.train.config import Config, OptimConfig
@@ -63,7 +64,9 @@ class Training:
 
     def take_step(self) -> StepResult:
         """The next attempt, data and all; `step.attempts` tells which."""
-        result = self.step(self.micro_batches(self.step.attempts))
+        with span(DATA):
+            micro_batches = self.micro_batches(self.step.attempts)
+        result = self.step(micro_batches)
         self.forget_remainders()
         return result
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -81,18 +82,25 @@ def highest(changes: Iterable[int]) -> int:
 
 def peak_within(run: Callable[[], Result]) -> tuple[Result, int | None]:
     """The result of `run()` and the peak of CPU tensor bytes it allocates above what was there; None if unknown."""
-    before = os.environ.get("KINETO_LOG_LEVEL")
-    os.environ["KINETO_LOG_LEVEL"] = "99"  # or the profiler writes two lines of its own to stderr
-    try:
+    with quiet_profiler():
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             result = run()
         peak = highest(_changes(profiled))
+    return result, peak or None
+
+
+@contextmanager
+def quiet_profiler() -> Iterator[None]:
+    """Within, torch's profiler does not write lines of its own to stderr."""
+    before = os.environ.get("KINETO_LOG_LEVEL")
+    os.environ["KINETO_LOG_LEVEL"] = "99"
+    try:
+        yield
     finally:
         if before is None:
             del os.environ["KINETO_LOG_LEVEL"]
         else:
             os.environ["KINETO_LOG_LEVEL"] = before
-    return result, peak or None
 
 
 def _changes(profiled: Any) -> list[int]:

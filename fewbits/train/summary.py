@@ -11,6 +11,7 @@ from fewbits.train.build import Training
 from fewbits.train.events import Display, beside, size
 from fewbits.train.memory import resident_bytes
 from fewbits.train.record import environment
+from fewbits.train.shapes import slow_shapes
 from fewbits.train.throughput import FORMULA, mfu
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ def introduce(
         display.fact("graph", "yes" if graph.value else "no", graph.reason)
     if training.choices.layers:
         display.fact("layers", str(training.choices.layers))
+    parallel = config.train.batch_size // config.train.micro_batches
+    for number, sentence in enumerate(slow_shapes(model, parallel, training.device, training.precision)):
+        display.fact("slow shapes" if number == 0 else "", sentence)
     known = f"the peak is {peak / 1e12:,.0f} TFLOP/s" if peak else "the peak of this device is not known: null"
     display.fact("mfu", f"{FORMULA}; {known}")
     display.table(table, indent=27)
@@ -62,10 +66,12 @@ def _yardstick(compression: Mapping[str, Any]) -> str:
 
 
 def summarize(run: Run, status: str, reason: str) -> dict[str, Any]:
-    """What summary.json holds, but for its schema. `tok_per_s` is `tokens` over `wall_s`, everything included."""
+    """What summary.json holds, but for its schema. `tok_per_s` is `tokens` over `wall_s`, everything included;
+    `step_tok_per_s` is that of the timed steps, without evaluation, saving, profiling and compiling (`compile_s`)."""
     training, config = run.training, run.config
     tokens, wall = run.done * training.tokens_per_step, run.wall()
     step_s = run.steps_before + run.step_s
+    timed_tokens = (run.timed_before + run.timed_steps) * training.tokens_per_step
     rate = tokens / wall if wall > 0 and tokens else None
     ms = median(run.logged_ms) if run.logged_ms else None
     graph = training.step.graph_choice if training.step.graph is None else training.step.graph.choice
@@ -87,13 +93,14 @@ def summarize(run: Run, status: str, reason: str) -> dict[str, Any]:
         "bits_per_byte": run.evaluation.get("bits_per_byte"),
         "compression": run.compression,
         "tok_per_s": rate,
-        "step_tok_per_s": tokens / step_s if step_s > 0 else None,
+        "step_tok_per_s": timed_tokens / step_s if step_s > 0 else None,
         "ms_per_step": ms,
         "mfu": mfu(run.flops, steady, run.peak),
         "mfu_formula": FORMULA,
         "peak_flops": run.peak,
         "wall_s": wall,
         "setup_s": run.setup_s,
+        "compile_s": run.clock.seconds if training.choices.compile.value else None,
         "peak_memory_bytes": run.meter.peak(),
         "memory": run.meter.roles(),
         "resident_bytes": resident_bytes(),

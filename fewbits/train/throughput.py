@@ -61,6 +61,10 @@ class Stopwatch:
             self._spent += time.perf_counter() - self._since
             self._since = None
 
+    def leave_out(self, seconds: float) -> None:
+        """So many of the seconds counted since the last `take` were no steps: a compiler's work."""
+        self._spent -= seconds
+
     def take(self) -> float:
         """Seconds counted since the last `take`."""
         now = time.perf_counter()

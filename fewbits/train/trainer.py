@@ -9,7 +9,6 @@ import math
 import os
 import time
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +23,19 @@ from fewbits.data.ratios import compression_baseline
 from fewbits.errors import FewbitsError
 from fewbits.precision.switches import torch_switches
 from fewbits.step import StepResult
-from fewbits.train.build import Training, build_training, open_data
+from fewbits.train.begin import eager_again, fresh, resumed
+from fewbits.train.build import Training
+from fewbits.train.compiling import CompileClock, compiler_failure, keep_compiled_code
 from fewbits.train.config import Config
 from fewbits.train.evaluate import evaluate
 from fewbits.train.events import Display, show_summary
-from fewbits.train.execution import check_device, choose_execution, determinism
 from fewbits.train.generate import sample
-from fewbits.train.layers import check_layers
 from fewbits.train.memory import MemoryMeter
+from fewbits.train.profile import SUMMARY, TRACE, WARMUP, StepProfiler, describe
 from fewbits.train.ranks import refuse_ranks
 from fewbits.train.record import Record, environment, write_atomically
-from fewbits.train.resume import continued, first_choices, has_checkpoint, load_for_resume, recorded_choices, run_folder
-from fewbits.train.rundir import Lock, check_free, check_writable, next_free
 from fewbits.train.signals import Interrupts
-from fewbits.train.state import collect, restore
+from fewbits.train.state import collect
 from fewbits.train.summary import advise, introduce, summarize
 from fewbits.train.throughput import Stopwatch, device_peak, mfu
 
@@ -45,114 +43,49 @@ EXIT = {"finished": 0, "stopped": 0, "diverged": 3, "crashed": 1}
 
 
 def train(
-    config: Config, resume: Path | str | None = None, console: Console | None = None, quiet: bool = False
+    config: Config,
+    resume: Path | str | None = None,
+    console: Console | None = None,
+    quiet: bool = False,
+    profile: int = 0,
 ) -> dict[str, Any]:
     """Train as `config` says and return the summary that is also written to summary.json.
 
     Args:
         resume: a run directory (or a checkpoint in it) to go on with, bit for bit; its own choices are reused.
         console: where to show what happens; `quiet` shows nothing.
+        profile: so many steps, after a warm-up, run under torch's profiler: trace.json.gz and profile.json in the run.
 
     Raises:
         FewbitsError: something the user can put right, before anything is written where that can be known.
     """
     refuse_ranks()
+    if profile < 0:
+        raise FewbitsError(f"--profile {profile} does not fit. Give the number of steps to profile, 5 for example.")
     display = Display(console, quiet)
+    keep_compiled_code(config.data.cache)
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())  # a resumed run takes the number it began with
         began = time.perf_counter()
         if resume is None:
-            training, folder = _fresh(config, display, stack)
+            training, folder = fresh(config, display, stack)
             checkpoint = None
         else:
-            training, folder, checkpoint = _resumed(config, Path(resume), display, stack)
+            training, folder, checkpoint = resumed(config, Path(resume), display, stack)
         stack.enter_context(torch_switches(training.precision, training.device))
         run = Run(training, folder, display, checkpoint, setup_s=time.perf_counter() - began)
+        run.may_fall_back = resume is None and config.train.compile == "auto"
+        if training.choices.compile.value:
+            run.clock = stack.enter_context(CompileClock())
+        if profile:
+            run.profiler = StepProfiler(training.device, min(profile, run.end - run.first))
+            stack.callback(run.profiler.close)
         return run.go()
 
 
 def exit_code(summary: dict[str, Any]) -> int:
     """The exit code that belongs to a summary: 0, 3 for a diverged run, 128 + signal for one that a signal stopped."""
     return {"SIGINT": 130, "SIGTERM": 143}.get(summary.get("reason", ""), EXIT[summary["status"]])
-
-
-def _fresh(config: Config, display: Display, stack: ExitStack) -> tuple[Training, Path]:
-    """A new training and its directory, which is made last: nothing is left behind by a mistake in the config."""
-    check_device(config.check())
-    check_layers(config)
-    if config.train.out_dir:
-        check_free(Path(config.train.out_dir))
-    else:
-        check_writable(Path("runs"))
-    with display.progress() as progress:
-        data = open_data(config, progress)
-    config = config.resolve_vocabulary(data.tokenizer.vocab_size)
-    choices = choose_execution(config)
-    stack.enter_context(determinism(choices.deterministic.value and choices.torch_device().type == "cuda"))
-    training = build_training(config, choices, data)
-    folder = _claim(config, stack)
-    training.config = replace(
-        training.config,
-        precision=choices.precision.value,
-        train=replace(
-            config.train,
-            out_dir=str(folder),
-            device=choices.device.value,
-            compile="true" if choices.compile.value else "false",
-        ),
-    )
-    write_atomically(folder / "config.toml", training.config.to_toml())
-    return training, folder
-
-
-def _claim(config: Config, stack: ExitStack) -> Path:
-    """The run directory, made and locked for this process."""
-    if config.train.out_dir:
-        folder = Path(config.train.out_dir)
-        lock = Lock(folder)
-        try:
-            check_free(folder)  # another run may have begun and ended since it was asked first
-        except FewbitsError:
-            lock.release()
-            raise
-        stack.callback(lock.release)
-        return folder
-    while True:
-        folder = next_free(Path("runs"), config.name)
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise FewbitsError(f"Cannot make {folder}: {error.strerror}. Choose another --out_dir.") from error
-        stack.callback(Lock(folder).release)
-        return folder
-
-
-def _resumed(
-    config: Config, path: Path, display: Display, stack: ExitStack
-) -> tuple[Training, Path, Checkpoint | None]:
-    """A training brought to the state of the run's newest good checkpoint, and its directory, locked."""
-    folder = run_folder(path)
-    check_writable(folder)
-    stack.callback(Lock(folder).release)
-    checkpoint = None
-    if has_checkpoint(path, folder):
-        checkpoint = load_for_resume(path, folder, config.train.max_steps)
-        config = continued(config, checkpoint)
-        choices = recorded_choices(config, checkpoint)
-    else:
-        display.note(f"{folder} has no checkpoint yet: it begins again, as it began before.")
-        choices = first_choices(config, folder)
-    stack.enter_context(determinism(choices.deterministic.value and choices.torch_device().type == "cuda"))
-    with display.progress() as progress:
-        data = open_data(config, progress)
-    training = build_training(config, choices, data)
-    if checkpoint is not None:
-        restore(training, checkpoint)
-    if checkpoint is not None and checkpoint.save_dtype is not None:
-        display.note(f"The weights were saved in {checkpoint.save_dtype}: the run goes on, but not bit for bit.")
-    return training, folder, checkpoint
 
 
 class _Diverged(Exception):
@@ -179,6 +112,7 @@ class Run:
         before = {} if checkpoint is None else checkpoint.state["progress"]
         self.wall_before: float = before.get("wall_s", 0.0)
         self.steps_before: float = before.get("step_s", 0.0)
+        self.timed_before: int = before.get("timed_steps", self.first)
         self.compression: dict[str, Any] = before.get("compression") or compression_baseline(
             training.corpus.documents("val")
         )
@@ -190,7 +124,10 @@ class Run:
             training.step.graph,
         )
         self.watch = Stopwatch()
-        self.step_s = 0.0
+        self.clock = CompileClock()  # not running: nothing is compiled, unless `train` puts one that is
+        self.may_fall_back = False
+        self.profiler: StepProfiler | None = None
+        self.step_s, self.timed_steps = 0.0, 0
         self.waiting: list[tuple[int, StepResult, Tensor]] = []  # steps whose results are still on the device
         self.unlogged_s, self.unlogged_steps = 0.0, 0
         self.logged_ms: list[float] = []
@@ -265,18 +202,70 @@ class Run:
         return "" if self.done >= self.config.train.max_steps else f"--stop-at {self.end}"
 
     def _take_step(self, measure: bool) -> StepResult:
-        """The next step; with `measure` its memory is taken, and its time left out where other steps stand for it."""
-        take = self.training.take_step
-        apart = measure and self.config.train.log_every > 1 and self.unlogged_steps > 0
+        """The next step; with `measure` its memory is taken, and its time left out where other steps stand for it.
+
+        The time of a profiled step is always left out, and so is the compiler's.
+        """
+        profiled = self.profiler is not None and not self.profiler.complete and self._is_warm()
+        apart = profiled or (measure and self.config.train.log_every > 1 and self.unlogged_steps > 0)
         if apart:
             self.watch.pause()
-        result = self.meter.measure(take) if measure else take()
+        result = self._execute(measure, profiled)
+        if (compiled := self.clock.take()) and not apart:
+            self.watch.leave_out(compiled)
         self.watch.start()
         self.done += 1
         self.unlogged_steps += not apart
+        self.timed_steps += not apart
         self.waiting.append((self.done, result, self.training.step.latched.clone()))
         self.display.advance(self.done)
         return result
+
+    def _execute(self, measure: bool, profiled: bool) -> StepResult:
+        """One step, profiled or measured or plain; eager from the first on where the compiler was tried and failed."""
+        take = self.training.take_step
+        try:
+            if profiled and self.profiler is not None:
+                result = self.profiler.step(take)
+                if self.profiler.complete:
+                    self._show_profile(self.profiler)
+                return result
+            return self.meter.measure(take) if measure else take()
+        except Exception as error:
+            reason = compiler_failure(error) if self.training.choices.compile.value else ""
+            if not reason or self.done > self.first:
+                raise
+            if not self.may_fall_back:
+                raise FewbitsError(f"torch.compile failed here: {reason}. Use --compile false.") from error
+            self._go_eager(f"compiling failed at the first step: {reason}")
+            return self.training.take_step()
+
+    def _go_eager(self, reason: str) -> None:
+        """Begins again without the compiler: the same weights, from the same seed, before any step was taken."""
+        self.training = eager_again(self.training, reason)
+        self.config = config = self.training.config
+        self.meter = MemoryMeter(
+            self.training.model,
+            self.training.optimizer,
+            self.training.device,
+            config.train.micro_batches,
+            self.training.step.graph,
+        )
+        write_atomically(self.folder / "config.toml", config.to_toml())
+        self.record.event("eager", self.done, reason=reason)
+        self.display.fact("compile", "no", reason)
+
+    def _is_warm(self) -> bool:
+        """Whether the steps that warm up are over; fewer of them where the run is too short for its profile."""
+        steps = 0 if self.profiler is None else self.profiler.steps
+        return self.done - self.first >= max(0, min(WARMUP, self.end - self.first - steps))
+
+    def _show_profile(self, profiler: StepProfiler) -> None:
+        found = profiler.finish(self.folder)
+        for name, text in describe(found):
+            self.display.fact(name, text)
+        self.display.fact("", f"{self.folder / TRACE} (for ui.perfetto.dev), {self.folder / SUMMARY}")
+        self.record.event("profile", self.done, steps=found.steps)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.done % every == 0
@@ -315,9 +304,9 @@ class Run:
 
     def _log(self, number: int, row: list[float], skipped: int, applied_steps: int) -> None:
         """One line of metrics.jsonl and of the console; `row`: loss, gradient norm, loss scale, applied, latched."""
-        seconds = self.unlogged_s / self.unlogged_steps
+        seconds = self.unlogged_s / self.unlogged_steps if self.unlogged_steps else None  # all of them were profiled
         self.unlogged_s, self.unlogged_steps = 0.0, 0
-        rate = self.training.tokens_per_step / seconds
+        rate = self.training.tokens_per_step / seconds if seconds else None
         entry = {
             "step": number,
             "tokens": number * self.training.tokens_per_step,
@@ -326,14 +315,18 @@ class Run:
             "grad_norm": row[1],
             "loss_scale": row[2],
             "skipped": skipped,
-            "ms": 1000 * seconds,
+            "ms": 1000 * seconds if seconds else None,
             "tok_per_s": rate,
             "mfu": mfu(self.flops, rate, self.peak),
             "memory_bytes": self.meter.peak(),
         }
-        self.logged_ms.append(1000 * seconds)
+        if seconds:
+            self.logged_ms.append(1000 * seconds)
         self.last = entry
         self.record.metrics(entry)
+        if self.clock.seconds and number == self.first + 1:
+            kept = keep_compiled_code(self.config.data.cache)
+            self.display.fact("compiled", f"in {self.clock.seconds:.1f} s, not in the steps' times; kept in {kept}")
         self.display.step(entry)
 
     def _evaluate(self) -> None:
@@ -384,6 +377,7 @@ class Run:
         return {
             "wall_s": self.wall(),
             "step_s": self.steps_before + self.step_s,
+            "timed_steps": self.timed_before + self.timed_steps,
             "compression": self.compression,
             "last": self.last,
             "evaluation": self.evaluation,

@@ -25,7 +25,7 @@ def trained(monkeypatch):
     """What `fewbits train` hands to the trainer, without training."""
     calls = []
 
-    def fake(config, resume=None, console=None, quiet=False):
+    def fake(config, resume=None, console=None, quiet=False, profile=0):
         calls.append((config, resume))
         return {"status": "finished", "out_dir": "runs/none"}
 

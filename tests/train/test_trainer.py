@@ -18,7 +18,7 @@ from rich.console import Console
 from fewbits.checkpoint.load import load_checkpoint
 from fewbits.errors import FewbitsError
 from fewbits.step import StepResult
-from fewbits.train import trainer
+from fewbits.train import begin, trainer
 from fewbits.train.build import Training
 from fewbits.train.config import Config
 from fewbits.train.record import read_lines
@@ -165,7 +165,7 @@ def test_a_resumed_run_reuses_its_choices_and_times_nothing(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = train(tiny(stop_at=3, precision="auto", compile="auto"), quiet=True)
-    monkeypatch.setattr(trainer, "choose_execution", lambda *_: pytest.fail("chosen again"))
+    monkeypatch.setattr(begin, "choose_execution", lambda *_: pytest.fail("chosen again"))
     after = train(tiny(precision="auto", compile="auto"), resume=tmp_path / "run", quiet=True)
     assert {c["what"]: c["value"] for c in after["choices"]} == {c["what"]: c["value"] for c in before["choices"]}
 

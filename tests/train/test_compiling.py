@@ -1,0 +1,97 @@
+"""Compiling is timed apart, kept between runs, and a compiler that fails leaves the run eager with the reason."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fewbits.choice import Choice
+from fewbits.errors import FewbitsError
+from fewbits.nn.transformer import Transformer
+from fewbits.train import begin
+from fewbits.train.choices import Choices
+from fewbits.train.compiling import CompileClock, compiler_failure, keep_compiled_code
+from fewbits.train.config import Config
+from fewbits.train.record import read_lines
+from fewbits.train.trainer import train
+
+Make = Callable[..., Config]
+
+
+def test_compiled_code_is_kept_in_our_cache_unless_the_user_says_where(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    folder = keep_compiled_code(str(tmp_path))
+    assert folder.is_relative_to(tmp_path / "compiled") and torch.__version__ in folder.name
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
+    assert Path(os.environ["TRITON_CACHE_DIR"]).is_relative_to(folder)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", "theirs")
+    assert keep_compiled_code(str(tmp_path)) == tmp_path / "mine" and os.environ["TRITON_CACHE_DIR"] == "theirs"
+
+
+def test_the_clock_counts_the_compiler_and_stops_listening(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    with CompileClock() as clock:
+        torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+        assert clock.seconds > 0 and clock.take() == clock.seconds and clock.take() == 0.0
+    before = clock.seconds
+    torch.compile(lambda x: x + 2, backend="eager")(torch.ones(2))
+    assert clock.seconds == before
+
+
+def test_only_failures_of_the_compiler_are_taken_for_such() -> None:
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        raise RuntimeError("wrapped") from InvalidCxxCompiler()
+    except RuntimeError as error:
+        assert compiler_failure(error).startswith("InvalidCxxCompiler")
+    assert compiler_failure(ValueError("a shape")) == "" and compiler_failure(torch.OutOfMemoryError("full")) == ""
+
+
+def _broken(self: Transformer, evaluation: bool = False) -> None:
+    def run(*_: Any) -> torch.Tensor:
+        raise torch._dynamo.exc.Unsupported("no such thing\nand more")
+
+    self._run_train = run
+
+
+def _compiled(config: Config, choices: Choices) -> Choices:
+    return replace(choices, compile=Choice(True, "a test"))
+
+
+def test_a_compiler_that_fails_at_the_first_step_leaves_the_run_eager_with_the_reason(
+    tiny: Make, choices: Choices, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plain = train(tiny("plain", n_layer=2), quiet=True)
+    monkeypatch.setattr(Transformer, "compile_blocks", _broken)
+    monkeypatch.setattr(begin, "choose_execution", lambda config: _compiled(config, choices))
+    summary = train(tiny("fallen", n_layer=2, compile="auto"), quiet=True)
+    compile = next(choice for choice in summary["choices"] if choice["what"] == "compile")
+    assert compile["value"] is False and "Unsupported: no such thing" in compile["reason"]
+    assert summary["status"] == "finished" and summary["final_loss"] == plain["final_loss"]
+    assert 'compile = "false"' in (tmp_path / "fallen" / "config.toml").read_text(encoding="utf-8")
+    assert any(event["event"] == "eager" for event in read_lines(tmp_path / "fallen" / "events.jsonl"))
+    with pytest.raises(FewbitsError, match=r"torch\.compile failed here: Unsupported: no such thing.* --compile false"):
+        train(tiny("forced", n_layer=2, compile="true"), quiet=True)
+
+
+def test_the_time_of_compiling_is_apart_from_that_of_the_steps(tiny: Make, tmp_path: Path) -> None:
+    """The first step of a compiled run takes seconds, its logged time does not."""
+    torch._dynamo.reset()
+    summary = train(tiny(compile="true", log_every=1, max_steps=4), quiet=True)
+    first = next(line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["step"] == 1)
+    assert summary["compile_s"] > 0.1
+    assert first["ms"] < 1000 * summary["compile_s"]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))["compile_s"] > 0.1
