@@ -190,8 +190,10 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, compile: bool) -> Opti
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    # On CUDA the update has a kernel of its own, whether the model is compiled or not
+    how: bool | str = "auto" if trained[0].device.type == "cuda" else compile
     if optim.optimizer == "sgd":
-        return SGD(groups, lr=optim.lr, momentum=optim.momentum, master=optim.master, compile=compile)
+        return SGD(groups, lr=optim.lr, momentum=optim.momentum, master=optim.master, compile=how)
     kind = AdamW if optim.optimizer == "adamw" else Adam
     return kind(
         groups,
@@ -201,7 +203,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, compile: bool) -> Opti
         weight_decay=optim.weight_decay,
         master=optim.master,
         moments=optim.moments,
-        compile=compile,
+        compile=how,
     )
 
 
