@@ -489,8 +489,8 @@ def test_compiled_layers_write_both_layouts_and_keep_the_one_that_the_backward_w
             run(x).backward(grad)
             torch.cuda.synchronize()
     events = profile.key_averages()
-    for kernel, count in kernels.items():
-        assert sum(event.count for event in events if kernel in event.key) == count, [event.key for event in events]
+    for part, count in kernels.items():
+        assert sum(event.count for event in events if part in event.key) == count, [event.key for event in events]
     assert not any("clone" in event.key or "transpose" in event.key for event in events), [
         event.key for event in events
     ]
