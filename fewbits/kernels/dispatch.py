@@ -165,11 +165,18 @@ def quantize_both(
 
 def encode_both(
     x: Tensor, scale: Tensor, format: Format, granularity: Granularity, rounding: str, seed: Key, scales: str,
-    sums: bool = False,
+    sums: bool = False, early: bool = False,
 ) -> Both:  # fmt: skip
-    """`quantize_both` under a given scale."""
+    """`quantize_both` under a given scale. early: it was known before x, so that a compiler can write the codes in the kernel
+    that makes x, and not x; where the sums are wanted x has to be read anyway."""
     if in_layouts(x, format, granularity, rounding, scales):
-        return _both(x, scale, format, granularity, scales, sums)
+        if not (early and _traced(x) and not sums):
+            return _both(x, scale, format, granularity, scales, sums)
+        matrix = Quantized(
+            definition.encode(x, scale, format, granularity, scales=scales), scale, format, granularity, scales
+        )
+        codes_t = layouts.turn(matrix.codes)
+        return Both(matrix, Quantized(codes_t, scale.t(), format, granularity.transposed(), scales))
     codes = definition.encode(x, scale, format, granularity, rounding, seed, scales)
     matrix = Quantized(codes, scale, format, granularity, scales)
     return Both(matrix, matrix.transposed())

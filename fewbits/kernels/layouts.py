@@ -43,19 +43,40 @@ def encode_both(x: Tensor, scale: Tensor, format: Format, sums: bool = False) ->
 
     x: bf16, fp16 or fp32 [R, C]; scale: fp32 [1, 1]. The sums of the columns are None unless asked for.
     """
-    codes, codes_t, parts = _operator()(x.contiguous(), scale, format.name, sums)
+    codes, codes_t, parts = _operators()[0](x.contiguous(), scale, format.name, sums)
     return codes, codes_t, parts.sum(0) if sums else None
 
 
+def turn(codes: Tensor) -> Tensor:
+    """codes.t().contiguous() of a matrix of one-byte codes, as one call that a compiler keeps: 2 bytes an element. For codes
+    that the compiler writes in the kernel that makes x, which then is never written itself."""
+    turned: Tensor = _operators()[1](codes.contiguous())
+    return turned
+
+
 @cache
-def _operator() -> Any:
-    """The operator, made when first needed: naming its kernels imports Triton.
+def _operators() -> tuple[Any, Any]:
+    """The operators, made when first needed: naming their kernels imports Triton.
 
     A compiler sees the kernel inside and calls it as one of its own, which costs the host less than an operator of Python.
     """
     from torch.library import triton_op
 
-    return triton_op("fewbits::encode_both", mutates_args=())(_encode_both)
+    both = triton_op("fewbits::encode_both", mutates_args=())(_encode_both)
+    return both, triton_op("fewbits::turn", mutates_args=())(_turn)
+
+
+def _turn(codes: Tensor) -> Tensor:
+    from torch.library import wrap_triton
+
+    from fewbits.kernels.quantize_triton import turn_kernel
+
+    (R, C), (BM, BN) = codes.shape, TILE
+    codes_t = torch.empty(C, R, dtype=codes.dtype, device=codes.device)
+    down, across = -(-R // BM), -(-C // BN)
+    kernel: Any = turn_kernel if _interpreted(turn_kernel) else wrap_triton(turn_kernel)
+    kernel[(down * across,)](codes, codes_t, R, C, across, BM=BM, BN=BN, num_warps=8)
+    return codes_t
 
 
 def _encode_both(x: Tensor, scale: Tensor, format: str, sums: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -212,6 +212,17 @@ def encode_both_kernel(
 
 
 @jit
+def turn_kernel(codes, codes_t, R, C, tiles_c, BM: tl.constexpr, BN: tl.constexpr):
+    """codes_t [C, R] of codes [R, C], each row by row."""
+    program = tl.program_id(0)
+    rows = (program // tiles_c).to(tl.int64) * BM + tl.arange(0, BM)
+    columns = (program % tiles_c).to(tl.int64) * BN + tl.arange(0, BN)
+    mask = (rows < R)[:, None] & (columns < C)[None, :]
+    tile = tl.load(codes + rows[:, None] * C + columns[None, :], mask=mask)
+    tl.store(codes_t + columns[None, :] * R + rows[:, None], tile, mask=mask)
+
+
+@jit
 def amax_all_kernel(like, table, owners, amax, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr):
     """amax [matrices], int32 bits of fp32 starting from 0: raised to the largest magnitude of each matrix of `encode_all`."""
     owner = tl.load(owners + tl.program_id(0))

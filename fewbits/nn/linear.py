@@ -55,7 +55,8 @@ class Linear(nn.Linear):
         # outside a step there is nothing to look back on, and operands are scaled by what they are
         history = self.history if self.held is not None else None
         largest, maxima = (None, None) if history is None else (history.largest, history.maxima)
-        return lowbit_linear(x, self.weight, self.bias, *held, key, largest, maxima, self.recipe)
+        known = history is not None and history.known
+        return lowbit_linear(x, self.weight, self.bias, *held, key, largest, maxima, self.recipe, known)
 
     def hold(self) -> HeldWeight:
         """The codes of the weight as it is now."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
-from fewbits.kernels.dispatch import emulated, encode_both, in_layouts, quantize, quantize_both
+from fewbits.kernels.dispatch import emulated, encode_both, in_layouts, layouts_execution, quantize, quantize_both
 from fewbits.kernels.layouts import encode_all
 from fewbits.kernels.matmul import scaled_matmul
 from fewbits.numerics.hadamard import random_hadamard
@@ -105,16 +106,18 @@ def lowbit_linear(
     scales: Tensor | None,
     maxima: Tensor | None,
     recipe: str,
+    known: bool = False,
 ) -> Tensor:
     """x [..., K] times weight [O, K] plus bias [O] by a recipe: [..., O] in the dtype of the weight.
 
     output_codes ... grad_input_scale: a `HeldWeight`; all None makes it here. key: 0-d int64, for recipes that draw random
-    numbers. scales, maxima: for delayed scaling, what `ScaleHistory` gives and takes. recipe: canonical text of a `Recipe`.
+    numbers. scales, maxima, known: for delayed scaling, what `ScaleHistory` gives and takes. recipe: canonical text of a
+    `Recipe`.
     """
     held = (output_codes, output_scale, grad_input_codes, grad_input_scale)
     if output_codes is None and grad_input_codes is None:
         held = hold(weight, recipe_of(recipe), scales, maxima)
-    inputs = (x.to(weight.dtype), weight, bias, *held, key, scales, maxima, recipe)
+    inputs = (x.to(weight.dtype), weight, bias, *held, key, scales, maxima, recipe, known)
     return _LowBitLinear.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -139,9 +142,10 @@ class _LowBitLinear(torch.autograd.Function):
         scales: Tensor | None,
         maxima: Tensor | None,
         text: str,
+        known: bool,
     ) -> Tensor:
         recipe = recipe_of(text)
-        draw = _Draw(key, scales, maxima)
+        draw = _Draw(key, scales, maxima, known)
         x_NK = x.reshape(-1, x.shape[-1])
         left = turned = None
         if recipe.output is not None and ctx.needs_input_grad[1] and shared_activation(recipe):
@@ -164,14 +168,14 @@ class _LowBitLinear(torch.autograd.Function):
             kept = (saved.codes.t(), saved.scale.t())
         backward_weight = weight if recipe.grad_input is None else None
         ctx.save_for_backward(*kept, backward_weight, grad_input_codes, grad_input_scale, key, scales, maxima)
-        ctx.text, ctx.dtype, ctx.shape = text, weight.dtype, x.shape
+        ctx.text, ctx.known, ctx.dtype, ctx.shape = text, known, weight.dtype, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y_NO.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_codes, x_scale, weight, codes, scale, *drawn = ctx.saved_tensors
-        draw = _Draw(*drawn)
+        x_codes, x_scale, weight, codes, scale, key, scales, maxima = ctx.saved_tensors
+        draw = _Draw(key, scales, maxima, ctx.known)
         recipe: Recipe = recipe_of(ctx.text)
         grad_NO = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
@@ -192,7 +196,7 @@ class _LowBitLinear(torch.autograd.Function):
                 grad_weight = scaled_matmul(rows, right, recipe.grad_weight.accumulator, ctx.dtype)
         if biased:
             grad_bias = (widen(grad_NO).sum(0) if sums is None else sums).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, *(None,) * 8
+        return grad_x, grad_weight, grad_bias, *(None,) * 9
 
 
 def _gradient_codes(
@@ -218,6 +222,7 @@ class _Draw(NamedTuple):
     key: Tensor | None
     scales: Tensor | None
     maxima: Tensor | None
+    known: bool = False
 
     def quantized(self, x: Tensor, operand: Operand, site: str, role: int) -> Quantized:
         """A matrix as an operand of the matmul named `site`, in the role ACTIVATION, WEIGHT or GRADIENT."""
@@ -226,32 +231,40 @@ class _Draw(NamedTuple):
         how = (operand.format, operand.granularity, operand.rounding, self._seed(site), operand.scaling)
         if operand.scaling not in ("delayed", "unit"):
             return quantize(x, *how)
-        scale = self._scale(x, operand, site, role)
-        return Quantized(encode(x, scale, *how), scale, operand.format, operand.granularity, operand.scaling)
+        early, scale = self._scales(x, operand, site, role)
+        return Quantized(encode(x, early, *how), scale, operand.format, operand.granularity, operand.scaling)
 
     def both(self, x: Tensor, operand: Operand, site: str, role: int, sums: bool = False) -> Both:
         """`quantized` with its transpose, for operands that two matmuls share; sums: see `quantize_both`."""
         how = (operand.format, operand.granularity, operand.rounding, self._seed(site), operand.scaling)
         if operand.scaling not in ("delayed", "unit"):
             return quantize_both(x, *how, sums)
-        return encode_both(x, self._scale(x, operand, site, role), *how, sums)
+        early, scale = self._scales(x, operand, site, role)
+        matrix, transpose, found = encode_both(x, early, *how, sums, self.known)
+        return Both(replace(matrix, scale=scale), replace(transpose, scale=scale.t()), found)
 
     def _seed(self, site: str) -> Key:
         return 0 if self.key is None else self.key ^ _SITES[site]
 
-    def _scale(self, x: Tensor, operand: Operand, site: str, role: int) -> Tensor:
-        """The scale of an operand that is not scaled by its own maximum, noting that one; NaN where it is not finite."""
+    def _scales(self, x: Tensor, operand: Operand, site: str, role: int) -> tuple[Tensor, Tensor]:
+        """The scale under which an operand is encoded that is not scaled by its own maximum, noting that one; and the scale of
+        its codes: the same, but NaN where x is not finite, because saturating must not hide an infinity.
+
+        Where it is `known` that there is an earlier maximum, the first does not depend on x.
+        """
         amax = block_amax(x, operand.granularity)
         if operand.scaling == "unit":
             contraction = max(1, x.shape[1 - (site == "grad_input")])
             scale = torch.full_like(amax, 2.0 ** round(-0.5 * math.log2(contraction)) if role == WEIGHT else 1.0)
-        else:
+        elif self.scales is None or self.maxima is None:
             scale = power_of_two_scale(amax, operand.format.max)
-            if self.scales is not None and self.maxima is not None:
-                self.maxima[role] = torch.maximum(self.maxima[role], amax.view(()))
-                earlier = power_of_two_scale(self.scales[role].view(1, 1), operand.format.max)
-                scale = torch.where(self.scales[role] > 0, earlier, scale)  # nothing is known before the first step
-        return torch.where(amax.isfinite(), scale, math.nan)  # saturating must not hide an infinity
+        else:
+            self.maxima[role] = torch.maximum(self.maxima[role], amax.view(()))
+            scale = power_of_two_scale(self.scales[role].view(1, 1), operand.format.max)
+            if not self.known:  # nothing is before the first step
+                scale = torch.where(self.scales[role] > 0, scale, power_of_two_scale(amax, operand.format.max))
+        honest = torch.where(amax.isfinite(), scale, math.nan)
+        return scale if self.known else honest, honest
 
 
 class ScaleHistory:
@@ -259,16 +272,21 @@ class ScaleHistory:
 
     Within a step, operands are scaled by the largest of the steps before it and the maxima of this one are noted (NVIDIA's
     delayed scaling, as in Micikevicius et al. 2022). window: fp32 [3, steps], newest last; largest and maxima: fp32 [3].
-    From the first step on, all three lie in the tensors of a `ScaleStore`.
+    From the first step on, all three lie in the tensors of a `ScaleStore`, which says when all of its largest are `known` to
+    be there: compiled layers then write codes as they go, and need no look at the whole tensor first.
     """
 
     STEPS = 16
 
-    def __init__(self) -> None:
-        self.window = torch.zeros(3, self.STEPS)
+    def __init__(self, window: Tensor | None = None) -> None:
+        self.window = torch.zeros(3, self.STEPS) if window is None else window
         self.largest = torch.zeros(3)
         self.maxima = torch.zeros(3)
+        self.known = False
         self.store: ScaleStore | None = None
+
+    def __reduce__(self) -> tuple[type[ScaleHistory], tuple[Tensor]]:
+        return ScaleHistory, (self.window.clone(),)  # a copy of a layer looks back on its own
 
 
 class ScaleStore:
@@ -284,6 +302,10 @@ class ScaleStore:
             history.store, history.window = self, self.window[i]
             # .data counts changes of its own: autograd keeps maxima, and another layer's note is no change of this one's
             history.largest, history.maxima = self.largest[i, :3].data, self.maxima[i, :3].data
+        self._watched: list[tuple[Tensor, torch.cuda.Event | None]] = []
+        if layouts_execution(device).value == "kernel":  # others gain nothing by it
+            self._watch(self.window[:, :, :-1])
+            self._watch(self.window)
 
     @staticmethod
     def of(histories: list[ScaleHistory], device: torch.device) -> ScaleStore:
@@ -297,11 +319,37 @@ class ScaleStore:
         """A step begins: its scales come from the windows."""
         self.largest[:, :3].copy_(self.window.amax(2))
         self.maxima.zero_()
+        known = bool(self._watched) and self._seen()
+        for history in self.histories:
+            history.known = known
 
     def end(self) -> None:
         """A step is over: its maxima join the windows, but for those that are not finite."""
         finite = torch.where(self.maxima.isfinite(), self.maxima, self.largest)[:, :3]
         self.window.copy_(torch.cat((self.window[:, :, 1:], finite.unsqueeze(2)), 2))
+        if self._watched:
+            del self._watched[0]
+            self._watch(self.window)
+
+    def _watch(self, window: Tensor) -> None:
+        """Sends for whether every role of every layer has a maximum among the newest of the window (so that it will have one
+        for some steps more), without waiting."""
+        found = (window[:, :, -(ScaleHistory.STEPS // 2) :].amax(2) > 0).all()
+        if not found.is_cuda:
+            self._watched.append((found, None))
+            return
+        flag, event = torch.empty((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
+        flag.copy_(found, non_blocking=True)
+        event.record()
+        self._watched.append((flag, event))
+
+    def _seen(self) -> bool:
+        """What was found at the end of the step before the last: always of that one, so that a run repeats, also a resumed
+        one, which finds it in the window that it loads. It has long arrived, unless the host is two steps ahead."""
+        flag, event = self._watched[0]
+        if event is not None:
+            event.synchronize()
+        return bool(flag)
 
 
 def _restored(codes: Tensor, scale: Tensor, operand: Operand) -> Quantized:
@@ -393,3 +441,4 @@ def load_scale_history(model: nn.Module, saved: Mapping[str, Any]) -> None:
                     f"the saved state has no scale history of {name}; resume with the model that wrote it."
                 )
             history.window.copy_(torch.tensor(saved[name]))
+            history.store = None  # what it knows is of the windows before

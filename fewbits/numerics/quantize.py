@@ -16,7 +16,7 @@ from torch import Tensor
 from fewbits.errors import FewbitsError
 from fewbits.formats import Format
 from fewbits.numerics.rounding import cast
-from fewbits.numerics.scaling import Granularity, block_amax, block_mean, inverse, scale_of, times
+from fewbits.numerics.scaling import Granularity, block_amax, block_mean, inverse, inverse_power, scale_of, times
 
 POWERS = ("power-of-two", "delayed", "unit")  # kinds of scale that are powers of two
 Key = int | Tensor
@@ -144,7 +144,8 @@ def encode(
         steps = (x.float() / scale).nan_to_num(nan=0.0).round()
         return steps.clamp(-format.max - 1, format.max).to(carrier(format))
     short = scales in POWERS and x.dtype == torch.bfloat16 and _eager_cpu(x)
-    inv_scale, x = inverse(scale), x if short else x.float()
+    inv_scale = inverse_power(scale) if scales in POWERS and x.device.type != "cpu" else inverse(scale)
+    x = x if short else x.float()
     scaled = times(x, inv_scale.to(x.dtype), granularity)
     if format.kind == "int":  # symmetric: the code -max - 1 is not used
         scaled = scaled.clamp_(-format.max, format.max)

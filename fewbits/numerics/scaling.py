@@ -193,3 +193,9 @@ def scale_of(amax: Tensor, format: Format, kind: str = "power-of-two") -> Tensor
 def inverse(scale: Tensor) -> Tensor:
     """inv_scale: the reciprocal of fp32 scales, rounded once (exact for powers of two), by a division in fp64."""
     return scale.double().reciprocal().float()
+
+
+def inverse_power(scale: Tensor) -> Tensor:
+    """inv_scale of powers of two from 2**-126 to 2**126, on the bits; a NaN stays one. A compiler for GPUs works it out once
+    an element, where a division in fp64 takes longer than reading the element does."""
+    return torch.where(scale.isnan(), scale, (0x7F000000 - scale.view(torch.int32)).view(torch.float32))

@@ -467,17 +467,44 @@ def test_weights_together_get_the_codes_that_each_gets_alone(format):
                 assert_both((one.codes, one.codes_t), definition.encode(x, scale, fmt, Granularity(), scales="delayed"))
 
 
+@needs_fp8_codes
+@pytest.mark.parametrize("shape", [*AWKWARD, (4096, 768)], ids=str)
+def test_turned_codes_are_a_contiguous_transpose(shape):
+    codes = matrix(shape).clamp(-400, 400).to(torch.float8_e4m3fn)
+    assert_both((codes, layouts.turn(codes)), codes)
+
+
 @needs_hopper
-@pytest.mark.parametrize("name", ["fp8", "fp8-delayed"])
-def test_compiled_layers_write_both_layouts_and_keep_the_one_that_the_backward_wants(name):
-    """No copy kernel of one-byte codes runs in the backward: they lie as the matmuls want them."""
+@pytest.mark.parametrize(
+    ("name", "kernels"), [("fp8", {"encode_both": 2}), ("fp8-delayed", {"encode_both": 1, "turn_": 1})]
+)
+def test_compiled_layers_write_both_layouts_and_keep_the_one_that_the_backward_wants(name, kernels):
+    """Activation and gradient; a delayed scale that is known lets the compiler write the activation's codes itself. No copy
+    kernel of one-byte codes runs in the backward: they lie as the matmuls want them."""
     model = fewbits.prepare(torch.nn.Sequential(torch.nn.Linear(256, 384)), name).cuda()
     run = torch.compile(model, dynamic=False)
     x = torch.randn(1024, 256).to("cuda", torch.bfloat16).requires_grad_()
-    for _ in range(2):  # compiled in the first
+    grad = torch.randn(1024, 384).to("cuda", torch.bfloat16)
+    for _ in range(4):  # compiled in the first and third
         with held_weights(model), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            run(x).sum().backward()
+            run(x).backward(grad)
             torch.cuda.synchronize()
-    names = [event.key for event in profile.key_averages()]
-    assert sum(event.count for event in profile.key_averages() if "encode_both" in event.key) == 2, names
-    assert not any("clone" in key or "transpose" in key for key in names), names
+    events = profile.key_averages()
+    for part, count in kernels.items():
+        assert sum(event.count for event in events if part in event.key) == count, [event.key for event in events]
+    assert not any("clone" in event.key or "transpose" in event.key for event in events), [
+        event.key for event in events
+    ]
+
+
+@needs_hopper
+def test_delayed_scales_are_known_from_the_third_step_on_and_after_loading():
+    model, step = build("fp8-delayed")
+    histories = [m.history for m in model.modules() if getattr(m, "history", None) is not None]
+    for i in range(4):
+        step([batch(i)])
+        assert {h.known for h in histories} == {i >= 2}
+    resumed, other = build("fp8-delayed")
+    other.load_state_dict(step.state_dict())
+    other([batch(4)])
+    assert all(m.history.known for m in resumed.modules() if getattr(m, "history", None) is not None)
