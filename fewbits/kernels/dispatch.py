@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fewbits.choice import Choice
 from fewbits.formats import Format
+from fewbits.kernels import cpp, fused_cpu
 from fewbits.kernels import quantize as cuda_twin
 from fewbits.kernels import quantize_cpu as cpu_twin
 from fewbits.kernels.int8_matmul import int8_matmul
@@ -86,6 +88,28 @@ def dequantize(q: Quantized, dtype: torch.dtype) -> Tensor:
 def by_cpu_kernel(x: Tensor) -> bool:
     """Whether eager code works on `x` by the C++ of quantize_cpu (a choice that was replayed needs its library, too)."""
     return x.device.type == "cpu" and not _by_definition(x) and cpu_twin.library().value is not None
+
+
+def fused_execution(device: torch.device) -> Choice:
+    """What does the work between the matmuls of a training step (norms, GELU, softmax) in eager code on a device: the
+    C++ "kernel" on a CPU, or the "definition"; they agree up to the order of sums."""
+    key = ("work between matmuls", device.type)
+    if key not in _choices:
+        if device.type != "cpu":
+            _choices[key] = Choice("definition", f"the kernels are for CPUs; this is {device.type}")
+        elif (found := fused_cpu.library()).value is None:
+            _choices[key] = Choice("definition", found.reason)
+        else:
+            _choices[key] = Choice("kernel", "one reading of each tensor, where torch's operations take several")
+    return _choices[key]
+
+
+def fused(x: Tensor) -> ModuleType | None:
+    """The module of fused twins (kernels/fused_cpu.py) where they work on `x` now, else None: the definitions do."""
+    fits = x.device.type == "cpu" and x.dtype in cpp.FORMATS and type(x) in (Tensor, torch.nn.Parameter) and x.numel()
+    if not fits or torch.compiler.is_compiling() or fused_execution(x.device).value == "definition":
+        return None
+    return fused_cpu if fused_cpu.library().value is not None else None
 
 
 def _by_definition(x: Tensor) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
-from fewbits.kernels.dispatch import emulated, quantize
+from fewbits.kernels.dispatch import emulated, fused, quantize
 from fewbits.kernels.matmul import scaled_matmul
 from fewbits.numerics.hadamard import random_hadamard
 from fewbits.numerics.quantize import Quantized, encode
@@ -192,7 +192,9 @@ class _LowBitLinear(torch.autograd.Function):
                 right = _restored(x_codes.t(), x_scale.t(), recipe.grad_weight.right)
                 grad_weight = scaled_matmul(rows, right, recipe.grad_weight.accumulator, ctx.dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-            grad_bias = widen(grad_NO).sum(0).to(ctx.bias_dtype)
+            twin = fused(grad_NO)
+            sums = widen(grad_NO).sum(0) if twin is None else twin.column_sums(grad_NO)
+            grad_bias = sums.to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, *(None,) * 8
 
 
