@@ -8,7 +8,6 @@ the threads of torch's own OpenMP runtime: a second one would spin against it. W
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
 import os
 import platform
@@ -16,10 +15,10 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fewbits.choice import Choice
 
@@ -29,6 +28,7 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-e
 _SHARED = ("-fPIC", "-shared", "-fvisibility=hidden", "-w")
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers of the element formats, as elements.hpp has them."""
+_ARGUMENTS = {"i": ctypes.c_int, "l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
 _HEADERS = ("elements.hpp", "parallel.hpp")
 _HERE = Path(__file__).parent
 
@@ -46,13 +46,12 @@ def compiler() -> list[str]:
     return wanted if wanted and shutil.which(wanted[0]) else []
 
 
-def library(name: str) -> Choice:
-    """Choice(the loaded library of `name`.cpp, or None; why). Compiled once a cache, loaded once a process."""
-    return _library(name, os.environ.get("CXX", ""), str(cache_root()))
+def library(name: str, functions: Mapping[str, str]) -> Choice:
+    """Choice(the loaded library of `name`.cpp, or None; why). Compiled once a cache; ask once a process.
 
-
-@functools.cache
-def _library(name: str, _compiler: str, _folder: str) -> Choice:
+    functions: the arguments of each function that is called, one letter each: i int, l long, f float, p pointer (an
+    address, or None). They return an int.
+    """
     command = compiler()
     if not command:
         given = os.environ.get("CXX", "")
@@ -66,6 +65,8 @@ def _library(name: str, _compiler: str, _folder: str) -> Choice:
     except (OSError, subprocess.TimeoutExpired) as error:
         return Choice(None, f"{name}.cpp could not be built: {error}")
     loaded.use_launcher(_launcher())
+    for function, letters in functions.items():
+        getattr(loaded, function).argtypes = [_ARGUMENTS[letter] for letter in letters]
     return Choice(loaded, f"{name}.cpp, compiled by {command[0]}")
 
 
@@ -114,8 +115,3 @@ def _launcher() -> ctypes.c_void_p | None:
         except (OSError, AttributeError):
             continue
     return None
-
-
-def pointer(x: Tensor | None) -> ctypes.c_void_p:
-    """Where the data of a tensor begins; null for None."""
-    return ctypes.c_void_p(None if x is None else x.data_ptr())

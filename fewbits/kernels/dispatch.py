@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fewbits.choice import Choice
 from fewbits.formats import Format
-from fewbits.kernels import layouts
+from fewbits.kernels import cpp, fused_cpu, layouts
 from fewbits.kernels import quantize as cuda_twin
 from fewbits.kernels import quantize_cpu as cpu_twin
 from fewbits.kernels import update as update_twin
@@ -117,12 +117,34 @@ def by_cpu_kernel(x: Tensor) -> bool:
     return x.device.type == "cpu" and not _by_definition(x) and cpu_twin.library().value is not None
 
 
-def _twin(x: Tensor, format: Format, rounding: str, scales: str) -> Any:
+def _twin(x: Tensor, format: Format, rounding: str, scales: str) -> ModuleType | None:
     """The module that quantizes `x` in eager code; None where the definition does."""
     if _by_definition(x) or scales == "full-range":
         return None
-    twin: Any = {"cpu": cpu_twin, "cuda": cuda_twin}.get(x.device.type)
+    twin = {"cpu": cpu_twin, "cuda": cuda_twin}.get(x.device.type)
     return None if twin is None or twin.why_not(x, format, rounding) else twin
+
+
+def fused_execution(device: torch.device) -> Choice:
+    """What does the work between the matmuls of a training step (norms, GELU, softmax) in eager code on a device: the
+    C++ "kernel" on a CPU, or the "definition"; they agree up to the order of sums."""
+    key = ("work between matmuls", device.type)
+    if key not in _choices:
+        if device.type != "cpu":
+            _choices[key] = Choice("definition", f"the kernels are for CPUs; this is {device.type}")
+        elif (found := fused_cpu.library()).value is None:
+            _choices[key] = Choice("definition", found.reason)
+        else:
+            _choices[key] = Choice("kernel", "one reading of each tensor, where torch's operations take several")
+    return _choices[key]
+
+
+def fused(x: Tensor) -> ModuleType | None:
+    """The module of fused twins (kernels/fused_cpu.py) where they work on `x` now, else None: the definitions do."""
+    fits = x.device.type == "cpu" and x.dtype in cpp.FORMATS and type(x) in (Tensor, torch.nn.Parameter) and x.numel()
+    if not fits or torch.compiler.is_compiling() or fused_execution(x.device).value == "definition":
+        return None
+    return fused_cpu if fused_cpu.library().value is not None else None
 
 
 def _by_definition(x: Tensor) -> bool:

@@ -27,6 +27,11 @@ _IN_C = ("power-of-two", "exact")  # kinds of scale that the kernel makes itself
 _CARRIERS = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
+_FUNCTIONS = {
+    "block_amax": "ipp", "quantize": "ipppp", "encode": "ipppp", "decode": "ippiiip", "rescale": "ipllpppip",
+}  # fmt: skip
+
+
 class _Matrix(ctypes.Structure):
     _fields_ = (
         ("x", ctypes.c_void_p),
@@ -51,7 +56,7 @@ class _Target(ctypes.Structure):
 @cache
 def library() -> Choice:
     """Choice(the compiled library or None, why), settled for the life of the process."""
-    return cpp.library("quantize_cpu")
+    return cpp.library("quantize_cpu", _FUNCTIONS)
 
 
 def why_not(x: Tensor, format: Format, rounding: str = "nearest-even", scales: str = "") -> str:
@@ -74,7 +79,7 @@ def block_amax(x: Tensor, granularity: Granularity) -> Tensor:
     matrix, shared, turned = _as_it_lies(x, granularity)
     amax = torch.zeros(shared.grid(matrix.shape), dtype=torch.float32)
     view = _view(matrix, shared, amax, turned)
-    library().value.block_amax(torch.get_num_threads(), ctypes.byref(view), cpp.pointer(amax))
+    library().value.block_amax(torch.get_num_threads(), ctypes.byref(view), amax.data_ptr())
     return amax.t() if turned else amax
 
 
@@ -101,7 +106,7 @@ def quantize(
     codes = torch.empty(matrix.shape, dtype=carrier(fmt))
     view, target = _view(matrix, shared, scale, turned), _target(fmt, kind, rounding, seed)
     library().value.quantize(
-        torch.get_num_threads(), ctypes.byref(view), ctypes.byref(target), cpp.pointer(scale), cpp.pointer(codes)
+        torch.get_num_threads(), ctypes.byref(view), ctypes.byref(target), scale.data_ptr(), codes.data_ptr()
     )
     if turned:
         codes, scale = codes.t(), scale.t()
@@ -140,7 +145,7 @@ def encode(
     view = _view(matrix, shared, scale.t() if turned else scale, turned)
     target = _target(format, scales, rounding, seed)
     library().value.encode(
-        torch.get_num_threads(), ctypes.byref(view), ctypes.byref(target), cpp.pointer(scale), cpp.pointer(codes)
+        torch.get_num_threads(), ctypes.byref(view), ctypes.byref(target), scale.data_ptr(), codes.data_ptr()
     )
     return codes.t() if turned else codes
 
@@ -152,8 +157,8 @@ def decode(codes: Tensor, scale: Tensor, granularity: Granularity, dtype: torch.
     view = _view(matrix, shared, scale.t() if turned else scale, turned)
     mantissa, bias = {torch.float8_e4m3fn: (3, 7), torch.float8_e5m2: (2, 15)}.get(codes.dtype, (0, 0))
     library().value.decode(
-        torch.get_num_threads(), ctypes.byref(view), cpp.pointer(scale), mantissa, bias,
-        cpp.FORMATS[dtype], cpp.pointer(out),
+        torch.get_num_threads(), ctypes.byref(view), scale.data_ptr(), mantissa, bias,
+        cpp.FORMATS[dtype], out.data_ptr(),
     )  # fmt: skip
     return out.t() if turned else out
 
@@ -166,8 +171,8 @@ def rescale(total: Tensor, row_scale: Tensor, column_scale: Tensor, bias: Tensor
     scales = row_scale.contiguous(), column_scale.contiguous()
     wide = None if bias is None else bias.float().contiguous()
     library().value.rescale(
-        torch.get_num_threads(), cpp.pointer(total), *map(ctypes.c_long, total.shape), *map(cpp.pointer, scales),
-        cpp.pointer(wide), cpp.FORMATS[out.dtype], cpp.pointer(out),
+        torch.get_num_threads(), total.data_ptr(), *total.shape, *(x.data_ptr() for x in scales),
+        None if wide is None else wide.data_ptr(), cpp.FORMATS[out.dtype], out.data_ptr(),
     )  # fmt: skip
     return out
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fewbits.kernels.dispatch import emulated
+from fewbits.kernels.dispatch import emulated, fused
 from fewbits.nn.linear import FORMAT_OF, Linear
 from fewbits.nn.norm import RMSNorm
 from fewbits.numerics.attention import short_attention
@@ -57,7 +57,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
     if q.dtype == torch.bfloat16 and not dropout and _is_short(q, k):
         if grouped:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return short_attention(q, k, v, mask, native_bf16=True)
+        return short_attention(q, k, v, mask, native_bf16=True, softmax=fused(q))
     y = nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, enable_gqa=grouped
     )

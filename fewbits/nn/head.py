@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fewbits.formats import Format
-from fewbits.kernels.dispatch import emulated, logits_format, loss_execution
+from fewbits.kernels.dispatch import emulated, fused, logits_format, loss_execution
 from fewbits.kernels.loss import DeviceHead
 from fewbits.numerics.loss import IGNORE, Pieces, linear_cross_entropy, softmax_gradient
 
@@ -26,6 +26,7 @@ def loss_sum(
         if kernel:
             _check(labels_N, weight_VD.shape[0])
         return linear_cross_entropy(hidden_ND, weight_VD, labels_N, twin=DeviceHead(asked, kernel, pieces))
+    twin = fused(hidden_ND) if asked == torch.float32 else None
     return linear_cross_entropy(
         hidden_ND,
         weight_VD,
@@ -33,7 +34,7 @@ def loss_sum(
         tf32=tf32,
         native_bf16=weight_VD.dtype == torch.bfloat16 and device.type == "cpu" and not emulated("bf16", "cpu"),
         logits=asked,
-        pieces=pieces or softmax_gradient,
+        pieces=pieces or (softmax_gradient if twin is None else twin.softmax_gradient),
     )
 
 

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
-from fewbits.kernels.dispatch import emulated, encode_both, in_layouts, layouts_execution, quantize, quantize_both
+from fewbits.kernels.dispatch import (
+    emulated,
+    encode_both,
+    fused,
+    in_layouts,
+    layouts_execution,
+    quantize,
+    quantize_both,
+)
 from fewbits.kernels.layouts import encode_all
 from fewbits.kernels.matmul import scaled_matmul
 from fewbits.numerics.hadamard import random_hadamard
@@ -195,7 +203,7 @@ class _LowBitLinear(torch.autograd.Function):
                 right = _restored(x_codes.t(), x_scale.t(), recipe.grad_weight.right)
                 grad_weight = scaled_matmul(rows, right, recipe.grad_weight.accumulator, ctx.dtype)
         if biased:
-            grad_bias = (widen(grad_NO).sum(0) if sums is None else sums).to(ctx.bias_dtype)
+            grad_bias = (_column_sums(grad_NO) if sums is None else sums).to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, *(None,) * 9
 
 
@@ -214,6 +222,12 @@ def _gradient_codes(
     if for_weight is not None:
         rows = draw.quantized(grad_NO.t(), for_weight, "grad_weight", GRADIENT)
     return left, rows, None
+
+
+def _column_sums(x: Tensor) -> Tensor:
+    """Sums over the rows of a matrix, in fp32 or wider."""
+    twin = fused(x)
+    return widen(x).sum(0) if twin is None else twin.column_sums(x)
 
 
 class _Draw(NamedTuple):

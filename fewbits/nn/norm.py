@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fewbits.kernels.dispatch import fused
 from fewbits.numerics.norm import layer_norm, rms_norm
 from fewbits.numerics.wide import wide_dtype
 
@@ -16,7 +17,9 @@ class LayerNorm(nn.LayerNorm):
         """x [..., D] -> the same shape and dtype."""
         if len(self.normalized_shape) != 1 or self.weight is None:
             return super().forward(x)
-        return layer_norm(x, self.weight, self.bias, self.eps)
+        twin = fused(x)
+        arguments = (x, self.weight, self.bias, self.eps)
+        return layer_norm(*arguments) if twin is None else twin.layer_norm(*arguments)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -27,4 +30,6 @@ class RMSNorm(nn.RMSNorm):
         if len(self.normalized_shape) != 1 or self.weight is None:
             return super().forward(x)
         # torch's default eps is that of the input's format; the statistics here are fp32 or wider
-        return rms_norm(x, self.weight, torch.finfo(wide_dtype(x.dtype)).eps if self.eps is None else self.eps)
+        eps = torch.finfo(wide_dtype(x.dtype)).eps if self.eps is None else self.eps
+        twin = fused(x)
+        return rms_norm(x, self.weight, eps) if twin is None else twin.rms_norm(x, self.weight, eps)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
-from fewbits.kernels.dispatch import emulated
+from fewbits.kernels.dispatch import emulated, fused
 from fewbits.nn.attention import Attention, document_mask, rotary_table
 from fewbits.nn.embedding import Embedding
 from fewbits.nn.head import compiled_pieces, loss_sum
@@ -158,7 +158,9 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
         if self.gate is None:
-            return self.down(gelu(self.up(x)))  # type: ignore[no-any-return]
+            up = self.up(x)
+            twin = fused(up)
+            return self.down(gelu(up) if twin is None else twin.gelu(up))  # type: ignore[no-any-return]
         return self.down(nn.functional.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
 
 

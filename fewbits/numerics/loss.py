@@ -158,8 +158,7 @@ class _Head:
         for start in range(0, N, rows):
             piece = slice(start, start + rows)
             logits = product.logits(hidden_ND[piece], logits_NV[: N - start])
-            # rounded to the format of the working gradients, when it is copied to the others if they are kept
-            losses_N[piece], gradient = self.pieces(logits, labels_N[piece], factor, wide if at_once else dtype)
+            losses_N[piece], gradient = self.pieces(logits, labels_N[piece], factor, dtype)
             if at_once:
                 gradient = gradient_NV[piece].copy_(gradient)
             grad_hidden_ND[piece] = product.to_hidden(gradient)

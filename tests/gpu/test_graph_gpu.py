@@ -64,9 +64,8 @@ def test_a_replayed_run_is_the_eager_one_bit_for_bit(precision, compiled):
 
 
 def test_overflows_are_skipped_and_the_scale_moves_in_a_graph_too():
-    scale = {"loss_scale": DynamicScale(2.0**30, interval=3)}
-    one_model, one = build("fp16-mixed", "false", **scale)
-    other_model, other = build("fp16-mixed", "true", loss_scale=DynamicScale(2.0**30, interval=3))
+    one_model, one = build("fp16-mixed", "false", loss_scale=DynamicScale(2.0**30, interval=3, ceiling=2.0**40))
+    other_model, other = build("fp16-mixed", "true", loss_scale=DynamicScale(2.0**30, interval=3, ceiling=2.0**40))
     assert run(one, 0, 24) == run(other, 0, 24)
     assert int(one.skipped) > 5 and one.state_dict() == other.state_dict() and same(one_model, other_model)
 

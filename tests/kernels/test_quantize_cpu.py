@@ -175,7 +175,7 @@ def test_a_source_that_does_not_compile_names_the_first_error(tmp_path, monkeypa
     for header in cpp._HEADERS:
         (tmp_path / header).write_text("")
     monkeypatch.setattr(cpp, "_HERE", tmp_path)
-    choice = cpp.library("broken")
+    choice = cpp.library("broken", {})
     assert choice.value is None
     assert "error" in choice.reason
     assert list((tmp_path / "kernels").iterdir()) == []
