@@ -233,6 +233,8 @@ def field(shapes: list[tuple[int, ...]], options: argparse.Namespace, device: st
     parameters = weights(shapes, bf16, device)
     optimizer, entries = ours("fewbits split", parameters, "split", "auto")
     yield entries
+    if cuda and in_time(options):
+        yield ours("fewbits split compiled pieces", weights(shapes, bf16, device), "split", True)[1]
     if options.sweep and optimizer.execution.value == "kernel":
         for cut in CUTS:
             if in_time(options):
@@ -241,8 +243,6 @@ def field(shapes: list[tuple[int, ...]], options: argparse.Namespace, device: st
             if in_time(options):
                 label = f"block {cut.norm_block} repeat {cut.norm_repeat} warps {cut.norm_warps}"
                 yield [recut(entries[1], optimizer, cut, label)]
-    if cuda and in_time(options):
-        yield ours("fewbits split compiled pieces", weights(shapes, bf16, device), "split", True)[1]
     if in_time(options) and numel < 5e8:
         yield ours("fewbits fp32 master", weights(shapes, bf16, device), "fp32", "auto")[1]
         yield ours("fewbits fp32 weights", weights(shapes, fp32, device), "none", "auto")[1]

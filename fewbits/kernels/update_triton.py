@@ -21,7 +21,11 @@ except ImportError:  # kernels/update.py says so before it comes here
         return function or jit
 
 
-@jit
+# Where a scalar happens to lie, and how many there are, is no reason to compile again in the middle of a training
+_ANY = ["table", "chunks", "scalars", "factor", "clip_value", "applied"]
+
+
+@jit(do_not_specialize=_ANY)
 def update_kernel(
     table, chunks, scalars, factor, clip_value, applied,
     RULE: tl.constexpr, KIND: tl.constexpr, WORKING: tl.constexpr, GRADIENT: tl.constexpr,
@@ -32,13 +36,14 @@ def update_kernel(
 
     RULE: "adamw", "adam" or "sgd". KIND: "split", "fp32" or "none". WORKING, GRADIENT: "bf16", "fp16" or "fp32".
     """
+    chunk = chunks + tl.program_id(0).to(tl.int64) * 2
+    row = table + tl.load(chunk).to(tl.int64) * 8
+    start = tl.load(chunk + 1).to(tl.int64) * BLOCK
+    numel = tl.load(row + 5)
+    # Of a chunk that is full and aligned the compiler may load 16 bytes at once; a mask would take that away.
+    full = (start + BLOCK <= numel) & (tl.load(row + 6) != 0)
     if tl.load(applied) != 0:
-        chunk = chunks + tl.program_id(0).to(tl.int64) * 2
-        row = table + tl.load(chunk).to(tl.int64) * 8
-        start = tl.load(chunk + 1).to(tl.int64) * BLOCK
-        numel = tl.load(row + 5)
-        # Of a chunk that is full and aligned the compiler may load 16 bytes at once; a mask would take that away.
-        if (start + BLOCK <= numel) & (tl.load(row + 6) != 0):
+        if full:
             _update_chunk(
                 row, start, numel, scalars, factor, clip_value, RULE, KIND, WORKING, GRADIENT, MOMENTS, CLIPPED, True, BLOCK
             )  # fmt: skip
@@ -173,7 +178,7 @@ def _write(
             _store(kept, tl.where(nan, 0, bits).to(tl.int16), left, FULL, BLOCK)
 
 
-@jit
+@jit(do_not_specialize=[*_ANY[:2], "partials"])
 def norm_kernel(
     table, chunks, partials,
     GRADIENT: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr, REPEAT: tl.constexpr,
