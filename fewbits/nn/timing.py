@@ -35,9 +35,8 @@ MODES = ("eager", "compiled")
 LEAST_ROUNDS = 6  # the fewest whose smallest and largest ratio enclose the median with 95 %
 ROUNDS = 15
 BUDGET_S = 10.0  # of one shape; a round that began is finished
-WARMUP_S = (
-    20.0  # of one shape; ways that are not compiled by then are left out (some 2 s each on a GPU, 4 on a free CPU)
-)
+# Of one shape: ways that are not compiled by then are left out. One takes some 4 s on a free CPU core.
+WARMUP_S = 12.0
 SAMPLE_MS = 3.0  # calls are queued until they last so long: the clock and the wait for the device cost some 0.02
 MOST_CALLS = 32
 MOST_PARTS = 4  # micro-batches of a call; in more of them the weight's codes would cost even less

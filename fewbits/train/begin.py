@@ -31,7 +31,8 @@ def fresh(config: Config, display: Display, stack: ExitStack) -> tuple[Training,
     with display.progress() as progress:
         data = open_data(config, progress)
     config = config.resolve_vocabulary(data.tokenizer.vocab_size)
-    choices = choose_execution(config)
+    with display.progress() as progress:
+        choices = choose_execution(config, progress=progress)
     stack.enter_context(determinism(choices.deterministic.value and choices.torch_device().type == "cuda"))
     training = build_training(config, choices, data)
     folder = claim(config, stack)

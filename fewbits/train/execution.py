@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fewbits.choice import Choice
+from fewbits.data.cache import Progress, silent
 from fewbits.errors import FewbitsError, nearest
 from fewbits.formats import Format
 from fewbits.nn.timing import Measure
@@ -57,10 +58,11 @@ class _Habits:
 _HABITS = {"cpu": _Habits(6e10, 5e9, 0.15, 25.0, 1000.0), "cuda": _Habits(5e13, 2e12, 0.6, 45.0, 150.0)}
 
 
-def choose_execution(config: Config, measure: Measure | None = None) -> Choices:
+def choose_execution(config: Config, measure: Measure | None = None, progress: Progress = silent) -> Choices:
     """Device, precision, compilation and layers for `config`, each with its reason; at once when all is given.
 
     measure: what times the ways of multiplying of a linear layer, under layers=auto; None times on the device.
+    progress: called while layers are timed, which may take a minute where each has to be compiled.
     Raises FewbitsError for a device that is not there, and a precision or `compile` that it cannot run.
     """
     config = with_vocabulary(config, GUESSED_VOCABULARY)
@@ -76,7 +78,7 @@ def choose_execution(config: Config, measure: Measure | None = None) -> Choices:
         deterministic = _choose_determinism(config, whole, torch_device, trials, compile.value)
     finally:
         trials.close()
-    layers = layers_of_run(config, chosen, torch_device, compile.value, measure)
+    layers = layers_of_run(config, chosen, torch_device, compile.value, measure, progress)
     return Choices(device, precision, compile, deterministic, threads, layers=layers)
 
 
@@ -143,7 +145,8 @@ class _Trials:
         """Seconds of one step; the first of its kind builds the model and warms up."""
         key = (str(precision), compile)
         if key not in self._steps:
-            self._steps[key] = step = build_step(self.config, precision, self.device, compile)[2]
+            layers = layers_of_run(self.config, precision, self.device, compile) or None
+            self._steps[key] = step = build_step(self.config, precision, self.device, compile, layers)[2]
             while not step.warm:
                 step(self._batch)
         self._wait()

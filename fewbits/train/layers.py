@@ -19,7 +19,7 @@ from torch import nn
 from fewbits import __version__
 from fewbits.checkpoint.load import load_checkpoint
 from fewbits.choice import Choice
-from fewbits.data.cache import cache_folder, entry
+from fewbits.data.cache import Progress, cache_folder, entry, silent
 from fewbits.errors import FewbitsError
 from fewbits.nn.candidates import BF16, Shape, candidates, shapes
 from fewbits.nn.layers import LayerGroup, Layers, pick
@@ -44,6 +44,7 @@ def choose_layers(
     device: torch.device | str | None = None,
     cache: Path | str | None = None,
     measure: Measure | None = None,
+    progress: Progress = silent,
 ) -> Layers:
     """The fastest way of multiplying for every linear layer that the recipe of `precision` takes, by a short timing.
 
@@ -62,6 +63,7 @@ def choose_layers(
         device: where the model will run; None is where its parameters are.
         cache: folder that keeps what was found; None takes FEWBITS_CACHE, or ~/.cache/fewbits.
         measure: what times the candidates of a shape; None times on the device.
+        progress: called with the number of shapes that are done, and of all.
 
     Raises FewbitsError for a precision without a recipe, or a model of which the recipe takes no layer.
     """
@@ -75,10 +77,12 @@ def choose_layers(
     if measure is None and (why := emulated_everywhere(precision, place)):
         return Layers(tuple(LayerGroup(shape, tuple(names), Choice(BF16, why), 0.0) for shape, names in found.items()))
     groups, folder = [], cache_folder(cache)
-    for shape, names in found.items():
+    for number, (shape, names) in enumerate(found.items()):
+        progress(number, len(found), "timing linear layers")
         ways = candidates(precision.recipe, shape)
         facts = {**where(place), "mode": mode, "micro_batches": micro_batches, "shape": list(shape), "ways": list(ways)}
         groups.append(pick(shape, names, cached(folder, facts, timer, shape, ways)))
+    progress(len(found), len(found), "timing linear layers")
     return Layers(tuple(groups))
 
 
@@ -132,7 +136,12 @@ def check_layers(config: Config) -> None:
 
 
 def layers_of_run(
-    config: Config, precision: Precision, device: torch.device, compile: bool, measure: Measure | None = None
+    config: Config,
+    precision: Precision,
+    device: torch.device,
+    compile: bool,
+    measure: Measure | None = None,
+    progress: Progress = silent,
 ) -> Layers:
     """What the linear layers of a run multiply in; empty where its precision leaves nothing to decide."""
     if precision.layers != "auto":
@@ -148,6 +157,7 @@ def layers_of_run(
         device=device,
         cache=config.data.cache,
         measure=measure,
+        progress=progress,
     )
 
 

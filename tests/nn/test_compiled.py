@@ -9,6 +9,9 @@ import torch
 
 import fewbits
 from fewbits import ModelConfig, Transformer
+from fewbits.nn.candidates import BF16, Shape
+from fewbits.nn.timing import LEAST_ROUNDS, LayerTimer
+from fewbits.precision.recipe import RECIPES
 
 GPT = ModelConfig(vocab_size=61, context=16, n_layer=1, n_head=2, n_embd=16)
 LLAMA = dataclasses.replace(
@@ -31,3 +34,9 @@ def test_compiled_gradients_are_the_eager_ones(config, precision, bound):
         gradients.append({name: p.grad.double() for name, p in model.named_parameters()})
     for name, eager in gradients[0].items():
         assert float((gradients[1][name] - eager).norm()) < bound * float(eager.norm()), name
+
+
+def test_a_layer_is_timed_compiled_where_the_run_will_be():
+    ways = (BF16, str(RECIPES["fp8"]))
+    times = LayerTimer(torch.device("cpu"), "compiled", rounds=LEAST_ROUNDS)(Shape(32, 64, 64, True), ways)
+    assert list(times) == list(ways) and all(len(found) == LEAST_ROUNDS for found in times.values())
