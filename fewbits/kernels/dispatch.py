@@ -21,6 +21,7 @@ from fewbits.numerics import quantize as definition
 from fewbits.numerics.quantize import Both, Key, Quantized
 from fewbits.numerics.scaling import Granularity, block_amax, scale_of
 from fewbits.precision.hardware import describe, native
+from fewbits.ranges import QUANTIZE, span
 
 _choices: dict[tuple[str, str], Choice] = {}
 
@@ -99,16 +100,20 @@ def logits_format(asked: str, weight: torch.dtype, device: torch.device) -> Choi
 
 def quantize(x: Tensor, format: Format, granularity: Granularity, rounding: str, seed: Key, scales: str) -> Quantized:
     """`quantize` of a matrix by the twin that runs where it lies; codes and scales do not depend on which."""
+    if _traced(x):
+        return definition.quantize(x, format, granularity, rounding, seed, scales)
     twin = _twin(x, format, rounding, scales)
     quantize = definition.quantize if twin is None else twin.quantize
-    return quantize(x, format, granularity, rounding, seed, scales)
+    with span(QUANTIZE):
+        return quantize(x, format, granularity, rounding, seed, scales)
 
 
 def dequantize(q: Quantized, dtype: torch.dtype) -> Tensor:
     """`q.dequantize(dtype)` by the twin that runs where its codes lie; the values do not depend on which."""
     known = q.codes.dtype.itemsize == 1 and q.codes.ndim == 2 and q.codes.numel() > 0 and dtype != torch.float64
     if known and by_cpu_kernel(q.codes):
-        return cpu_twin.decode(q.codes, q.scale, q.granularity, dtype)
+        with span(QUANTIZE):
+            return cpu_twin.decode(q.codes, q.scale, q.granularity, dtype)
     return q.dequantize(dtype)
 
 

@@ -193,9 +193,8 @@ def _of_host(events: Sequence[Mapping[str, Any]], ranges: Sequence[Mapping[str, 
             if STEP not in ancestors and _short(event) != STEP:
                 continue
             total += own
-            name = str(event["name"])
             types = event.get("args", {}).get("Input type") or ()
-            part = operator_part(name, ancestors)
+            part = operator_part(_short(event), ancestors)
             tally.add(_short(event), part, own, operand_format(types))
     return tally.breakdown(steps, "cpu", total)
 

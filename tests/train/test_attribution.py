@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
+import fewbits
 from fewbits.ranges import ATTENTION, LOSS_HEAD, QUANTIZE, UPDATE
 from fewbits.train.attribution import (
     ATTENTION_PART,
@@ -75,6 +79,18 @@ def test_recorded_kernel_names_are_known(name: str, part: str, format: str, core
         assert multiplied(name) == (format, cores)
 
 
+def test_every_kernel_of_ours_says_what_it_is_for() -> None:
+    """A Triton kernel is named for the part of the step that it belongs to: under a CUDA graph there is no range."""
+    sources = sorted((Path(fewbits.__file__).parent / "kernels").glob("*_triton.py"))
+    text = "".join(path.read_text(encoding="utf-8") for path in sources)
+    kernels = re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE)
+    assert len(kernels) >= 8
+    found = {name: kernel_part(name) for name in kernels}
+    assert set(found.values()) <= {QUANTIZATION, OPTIMIZER, LOSS_PART, ATTENTION_PART, MATMUL, ELEMENTWISE}, found
+    assert found["softmax_gradient_kernel"] == LOSS_PART and found["update_kernel"] == OPTIMIZER
+    assert found["encode_all_kernel"] == found["amax_kernel"] == QUANTIZATION
+
+
 def test_a_range_tells_what_a_name_cannot() -> None:
     loop, product = "triton_poi_fused_mul_where_4", "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_NTT"
     assert kernel_part(loop, [UPDATE]) == OPTIMIZER
@@ -92,6 +108,7 @@ def test_operators_of_a_cpu_are_known_and_views_are_the_hosts_own_time() -> None
     assert operator_part("aten::_scaled_dot_product_flash_attention_for_cpu") == ATTENTION_PART
     assert operator_part("aten::_softmax", [LOSS_HEAD]) == LOSS_PART
     assert operator_part("aten::mul", [UPDATE]) == operator_part("aten::_fused_adamw_") == OPTIMIZER
+    assert operator_part("quantize", ["forward"]) == operator_part("fewbits::encode_both") == QUANTIZATION
     assert operator_part("aten::copy_") == COPIES and operator_part("aten::sigmoid") == ELEMENTWISE
     assert operator_part("aten::as_strided", [UPDATE]) == operator_part("forward") == GAPS
 
