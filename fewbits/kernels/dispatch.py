@@ -235,6 +235,8 @@ def update_execution(device: torch.device) -> Choice:
     """
     if device.type != "cuda":
         return Choice("eager", f"on a {device.type} the update runs in cache-sized pieces, and compiling takes seconds")
+    if not torch.cuda.is_available():
+        return Choice("eager", "torch finds no CUDA device here")
     if not update_twin.installed():
         return Choice("eager", "Triton is not installed, and neither kernel nor torch.compile run on CUDA without")
     key = ("update", device.type)

@@ -161,19 +161,17 @@ def norm(tables: Sequence[Table], kind: str) -> Tensor:
 
 def failure(device: torch.device) -> str:
     """Why the kernel gives no right update on `device`, or "" where it does; compiles it and waits, so ask once."""
-    values = torch.tensor([1.0, -3.0, 0.5], device=device)
-    working, (left, *moments) = values.bfloat16(), (torch.zeros_like(values) for _ in range(3))
-    row = Row(values.bfloat16(), working, left.to(torch.int16), tuple(moments), 0)
-    scalars = [0.5, 0.0, 0.5, 0.5, 0.5, 1.0, 0.0, 2.0**-0.5]  # weight / 2 - sign(gradient) / 2
-    wanted = values / 2 - values.sign() / 2
     try:
+        values = torch.tensor([1.0, -3.0, 0.5], device=device)
+        working, (left, *moments) = values.bfloat16(), (torch.zeros_like(values) for _ in range(3))
+        row = Row(values.bfloat16(), working, left.to(torch.int16), tuple(moments), 0)
+        scalars = [0.5, 0.0, 0.5, 0.5, 0.5, 1.0, 0.0, 2.0**-0.5]  # weight / 2 - sign(gradient) / 2
+        wanted = values / 2 - values.sign() / 2
         table = Table(Variant("adamw", "split", "bf16", "bf16", 2), [row])
         one = torch.ones((), device=device)
         table.update(torch.tensor([scalars], device=device), one, None, one.bool())
         right = torch.allclose(working.float(), wanted, rtol=0, atol=2.0**-7)
-    except (
-        Exception
-    ) as error:  # a missing C compiler, a card that Triton does not know: anything that a launch may meet
+    except Exception as error:  # no C compiler, a card that Triton does not know: anything a launch may meet
         return f"the update kernel failed here: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
     return "" if right else f"the update kernel gave {working.tolist()} for {wanted.tolist()}"
 
