@@ -1,7 +1,7 @@
 """A stack of linear layers in bf16 and in RECIPE with layers=auto, side by side: never more than 2 % slower, at any width.
 
     OUT=/tmp python bench/never_slower.py --seconds 80 --modes eager
-    OUT=/tmp python bench/never_slower.py --seconds 80 --modes compiled --widths 1024,4096
+    OUT=/tmp python bench/never_slower.py --seconds 80 --modes compiled+graph --widths 1024,4096
     python bench/never_slower.py --smoke        # tiny widths, any machine, writes nothing
 
 For each width a transformer's block without its attention: norm, qkv, output, norm, up, GELU, down, on 8,192 tokens,
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import re
 import tempfile
 import time
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 import fewbits
 from fewbits.kernels.heap import keep_freed_memory
 from fewbits.nn.lowbit import held_weights
-from fewbits.nn.timing import ROUNDS, Interval, compiled, paired, race
+from fewbits.nn.timing import ROUNDS, WARM, Interval, compiled, paired, race, recorded
 from fewbits.numerics.keys import step_key
 from fewbits.precision.switches import torch_switches
 
@@ -65,9 +66,9 @@ def stack(width: int, depth: int, device: torch.device) -> nn.Sequential:
 
 
 def stepper(model: nn.Module, x: Tensor, grad: Tensor, mode: str) -> Callable[[], None]:
-    """Forward and backward of a prepared model, as a step does them."""
+    """Forward and backward of a prepared model, as a step does them: warm, and recorded where the mode ends in +graph."""
     parameters, leaf = list(model.parameters()), x.detach().requires_grad_()
-    run = compiled(model) if mode == "compiled" else model
+    run = compiled(model) if mode.startswith("compiled") else model
 
     def step() -> None:
         with step_key(x.device, 0, 0, 0), held_weights(model):
@@ -76,7 +77,9 @@ def stepper(model: nn.Module, x: Tensor, grad: Tensor, mode: str) -> Callable[[]
                 parameter.grad = None
             run(leaf).backward(grad)
 
-    return step
+    for _ in range(WARM):
+        step()
+    return recorded(step) if mode.endswith("+graph") else step
 
 
 def clock(step: Callable[[], None], calls: int, device: torch.device) -> Callable[[], float]:
@@ -98,8 +101,10 @@ def measure(options: argparse.Namespace, width: int, mode: str, device: torch.de
     """One row."""
     share, began = options.seconds / (len(options.widths) * len(options.modes)), time.perf_counter()
     auto = f"{options.recipe}, layers=auto"
+    base, _, graph = mode.partition("+")
+    outline = stack(width, options.depth, torch.device("meta"))
     layers = fewbits.choose_layers(
-        stack(width, options.depth, torch.device("meta")), auto, options.tokens, mode=mode, device=device, cache=cache
+        outline, auto, options.tokens, mode=base, graph=bool(graph), device=device, cache=cache
     )
     choosing = time.perf_counter() - began
     cases = {"bf16": ("bf16-mixed", None), "auto": (auto, layers)}
@@ -111,8 +116,6 @@ def measure(options: argparse.Namespace, width: int, mode: str, device: torch.de
         for attribute in ("fewbits_remainders", "fewbits_undo"):  # copies of the weights that only a training needs
             model.__dict__.pop(attribute)
         steps[name] = stepper(model, x, grad, mode)
-        for _ in range(3):
-            steps[name]()
     once = clock(steps["bf16"], 3, device)() / 1e3
     calls = max(1, min(64, round(SAMPLE_S / once)))
     clocks = {name: clock(step, calls, device) for name, step in steps.items()}
@@ -124,9 +127,9 @@ def measure(options: argparse.Namespace, width: int, mode: str, device: torch.de
         ratio = paired(times["auto"], times["bf16"], CONFIDENCE)
         if verdict(ratio) != "open" or time.perf_counter() - began > max(share, 2 * choosing):
             break
-    row = {"width": width, "mode": mode, "verdict": verdict(ratio), "ratio": [round(r, 4) for r in ratio]}
+    row = {"width": width, "mode": mode, "verdict": verdict(ratio), "ratio": cell(ratio)}
     if options.whole:
-        row["whole"] = [round(r, 4) for r in paired(times["whole"], times["bf16"], CONFIDENCE)]
+        row["whole"] = cell(paired(times["whole"], times["bf16"], CONFIDENCE))
     row |= {"bf16_ms": round(sorted(times["bf16"])[len(times["bf16"]) // 2], 4), "rounds": len(times["bf16"])}
     return {**row, "choosing_s": round(choosing, 1), "line": str(layers), "choices": layers.to_json()}
 
@@ -136,16 +139,21 @@ def verdict(ratio: Interval) -> str:
     return "ok" if ratio.high <= LIMIT else "slower" if ratio.low > LIMIT else "open"
 
 
+def cell(ratio: Interval) -> list[float | None]:
+    """Median and ends as JSON has them: an end that too few rounds leave open is null."""
+    return [round(r, 4) if math.isfinite(r) else None for r in ratio]
+
+
 def show(row: dict[str, Any]) -> None:
     """One line, at once."""
     if "ratio" not in row:
-        print(f"{row['mode']:9}{row['width']:6}  {row.get('error') or row.get('skipped')}", flush=True)
+        print(f"{row['mode']:15}{row['width']:6}  {row.get('error') or row.get('skipped')}", flush=True)
         return
     both = [name for name in ("ratio", "whole") if name in row]
-    shown = {name: "{:.3f} ({:.3f} to {:.3f})".format(*row[name]) for name in both}
+    shown = {name: "{} ({} to {})".format(*row[name]) for name in both}
     whole = f"  whole recipe {shown['whole']}" if "whole" in shown else ""
     print(
-        f"{row['mode']:9}{row['width']:6}{row['bf16_ms']:10.3f} ms  {shown['ratio']}  {row['verdict']:6}{whole}"
+        f"{row['mode']:15}{row['width']:6}{row['bf16_ms']:10.3f} ms  {shown['ratio']}  {row['verdict']:6}{whole}"
         f"  {row['rounds']} rounds, chosen in {row['choosing_s']:.1f} s: {row['line']}",
         flush=True,
     )
@@ -156,7 +164,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="fp8", help="a precision with a recipe")
     parser.add_argument("--widths", default=",".join(map(str, WIDTHS)))
-    parser.add_argument("--modes", default="eager,compiled")
+    parser.add_argument("--modes", default="eager,compiled", help="each with +graph for steps that are CUDA graphs")
     parser.add_argument("--seconds", type=float, default=60, help="no further row is begun after this long")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--depth", type=int, default=2, help="blocks of the stack")
@@ -166,7 +174,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="tiny widths, nothing written")
     options = parser.parse_args()
     if options.smoke:
-        options.widths, options.modes, options.tokens, options.rounds = "64,128", "eager", 128, 6
+        options.widths, options.modes, options.tokens, options.rounds = "64,128", "eager", 128, 8
     options.widths = [int(width) for width in options.widths.split(",")]
     options.modes = options.modes.split(",")
     return options
@@ -180,7 +188,7 @@ def main() -> None:
         keep_freed_memory()
     name = re.sub(r"[^a-z0-9]+", "_", device_name().lower()).strip("_")
     name = f"never_slower_{name}_{options.recipe}_{'_'.join(options.modes)}"
-    print(f"{'mode':9}{'width':>6}{'bf16':>13}  auto over bf16 (95 %)")
+    print(f"{'mode':15}{'width':>6}{'bf16':>13}  auto over bf16 (95 %)")
     with tempfile.TemporaryDirectory() as cache, torch_switches(fewbits.Precision.parse("bf16"), device):
         for mode in options.modes:
             for width in options.widths:

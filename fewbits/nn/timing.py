@@ -37,6 +37,7 @@ ROUNDS = 15
 BUDGET_S = 10.0  # of one shape; a round that began is finished
 # Of one shape: ways that are not compiled by then are left out. One takes some 4 s on a free CPU core.
 WARMUP_S = 12.0
+WARM = 3  # calls before a recording, and before any timing: compilers compile and caches fill in them
 SAMPLE_MS = 3.0  # calls are queued until they last so long: the clock and the wait for the device cost some 0.02
 MOST_CALLS = 32
 MOST_PARTS = 4  # micro-batches of a call; in more of them the weight's codes would cost even less
@@ -114,7 +115,10 @@ def race(
 class LayerTimer:
     """The `Measure` that times on a device.
 
-    working: format of weight, activation and gradient, as a dtype. mode: "eager" or "compiled". micro_batches: of a step.
+    mode: "eager" or "compiled". micro_batches: of a step. hopeless: see `race`. graph: whether the step will be recorded as a
+    CUDA graph, so that nothing waits for the host.
+
+    Raises FewbitsError for a mode that is none, or a graph without CUDA.
     """
 
     device: torch.device
@@ -122,10 +126,13 @@ class LayerTimer:
     micro_batches: int = 1
     hopeless: float = 1.0
     rounds: int = ROUNDS
+    graph: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise FewbitsError(f"mode is {self.mode!r}; it must be eager or compiled, as the run will be.")
+        if self.graph and self.device.type != "cuda":
+            raise FewbitsError(f"graph=True records CUDA graphs, and the device is {self.device}; leave it out.")
 
     def __call__(self, shape: Shape, candidates: Sequence[str]) -> Times:
         """Milliseconds a step of one layer by candidate; what cannot run here is left out, unless it is bf16. The first
@@ -144,12 +151,13 @@ class LayerTimer:
             steps: dict[str, Callable[[], None]] = {}
             began = time.perf_counter()
             for text in candidates:
-                if len(steps) > 1 and time.perf_counter() - began > WARMUP_S:
+                if self.mode == "compiled" and len(steps) > 1 and time.perf_counter() - began > WARMUP_S:
                     break
                 try:
                     step = self._step(text, shape, x, grad, parts)
-                    step()
-                    step()
+                    for _ in range(WARM):
+                        step()
+                    step = recorded(step) if self.graph else step
                 except Exception:  # whatever a compiler or a library throws: bf16 is always there
                     if text == BF16:
                         raise
@@ -221,6 +229,18 @@ class LayerTimer:
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def recorded(step: Callable[[], None]) -> Callable[[], None]:
+    """A warm step as a CUDA graph that is replayed; itself where it cannot be recorded, as the run's steps then stay."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError:
+        return step
+    replay: Callable[[], None] = graph.replay
+    return replay
 
 
 def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -21,6 +21,7 @@ from fewbits.checkpoint.load import load_checkpoint
 from fewbits.choice import Choice
 from fewbits.data.cache import Progress, cache_folder, entry, silent
 from fewbits.errors import FewbitsError
+from fewbits.graph import graph_choice
 from fewbits.nn.candidates import BF16, Shape, candidates, shapes
 from fewbits.nn.layers import LayerGroup, Layers, pick
 from fewbits.nn.timing import LayerTimer, Measure, Times
@@ -40,6 +41,7 @@ def choose_layers(
     *,
     keep: Iterable[str] = (),
     mode: str = "eager",
+    graph: bool = False,
     micro_batches: int = 1,
     device: torch.device | str | None = None,
     cache: Path | str | None = None,
@@ -59,6 +61,7 @@ def choose_layers(
         tokens: rows that enter a linear layer in one forward call: sequences of a micro-batch times their length.
         keep: as for `prepare`.
         mode: "eager" or "compiled", as the model will run.
+        graph: whether its steps will be recorded as CUDA graphs (`Step(graph=...)`): then nothing waits for the host.
         micro_batches: forward calls of one step; a weight is quantized once for all of them.
         device: where the model will run; None is where its parameters are.
         cache: folder that keeps what was found; None takes FEWBITS_CACHE, or ~/.cache/fewbits.
@@ -72,7 +75,7 @@ def choose_layers(
     if tokens < 1 or micro_batches < 1:
         raise FewbitsError(f"tokens={tokens} and micro_batches={micro_batches} must be 1 or more.")
     place = torch.device(device) if device is not None else next(model.parameters()).device
-    timer = measure or LayerTimer(place, mode, micro_batches)
+    timer = measure or LayerTimer(place, mode, micro_batches, graph=graph)
     found = shapes(model, precision, tokens, keep)
     if measure is None and (why := emulated_everywhere(precision, place)):
         return Layers(tuple(LayerGroup(shape, tuple(names), Choice(BF16, why), 0.0) for shape, names in found.items()))
@@ -80,7 +83,8 @@ def choose_layers(
     for number, (shape, names) in enumerate(found.items()):
         progress(number, len(found), "timing linear layers")
         ways = candidates(precision.recipe, shape)
-        facts = {**where(place), "mode": mode, "micro_batches": micro_batches, "shape": list(shape), "ways": list(ways)}
+        how = {"mode": mode, "graph": graph, "micro_batches": micro_batches}
+        facts = {**where(place), **how, "shape": list(shape), "ways": list(ways)}
         groups.append(pick(shape, names, cached(folder, facts, timer, shape, ways)))
     progress(len(found), len(found), "timing linear layers")
     return Layers(tuple(groups))
@@ -146,13 +150,14 @@ def layers_of_run(
     """What the linear layers of a run multiply in; empty where its precision leaves nothing to decide."""
     if precision.layers != "auto":
         return Layers()
-    parts = config.train.micro_batches
+    parts, model = config.train.micro_batches, _outline(config)
     return choose_layers(
-        _outline(config),
+        model,
         precision,
         config.train.batch_size // parts * config.model.context,
         keep=config.keep_patterns(),
         mode="compiled" if compile else "eager",
+        graph=graph_choice(config.train.graph, model, device).value,
         micro_batches=parts,
         device=device,
         cache=config.data.cache,

@@ -20,11 +20,13 @@ SHAPE = Shape(4096, 1024, 4096, False)
 GPT = ModelConfig(vocab_size=512, context=256, n_layer=2, n_head=4, n_embd=256)
 
 
-@pytest.mark.parametrize("mode", ["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("mode", "graph"), [("eager", False), ("eager", True), ("compiled", False), ("compiled", True)]
+)
 @pytest.mark.parametrize("recipe", ["fp8", "fp8-row", "int8"])
-def test_every_way_of_a_layer_runs_and_a_winner_has_won_the_margin(recipe: str, mode: str) -> None:
+def test_every_way_of_a_layer_runs_and_a_winner_has_won_the_margin(recipe: str, mode: str, graph: bool) -> None:
     ways = candidates(RECIPES[recipe], SHAPE)
-    times = LayerTimer(torch.device("cuda"), mode, rounds=LEAST_ROUNDS)(SHAPE, ways)
+    times = LayerTimer(torch.device("cuda"), mode, rounds=LEAST_ROUNDS, graph=graph)(SHAPE, ways)
     assert list(times)[:2] == list(ways)[:2] and (mode == "compiled" or list(times) == list(ways))
     group = pick(SHAPE, ["a"], times)
     assert group.choice.value == "bf16" or group.ratio.high <= 1 - MARGIN

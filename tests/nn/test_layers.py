@@ -159,6 +159,8 @@ def test_a_way_that_does_not_run_is_left_out_and_a_mode_that_is_none_refused() -
     assert list(times) == [BF16]
     with pytest.raises(FewbitsError, match="eager or compiled"):
         LayerTimer(torch.device("cpu"), mode="fast")
+    with pytest.raises(FewbitsError, match="the device is cpu"):
+        LayerTimer(torch.device("cpu"), graph=True)
 
 
 def chosen(*picks: int) -> Layers:

@@ -60,7 +60,7 @@ def test_one_timing_for_each_shape_and_none_when_it_is_in_the_cache(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "changed", [{"tokens": 64}, {"mode": "compiled"}, {"micro_batches": 2}, {"precision": "fp8-row"}]
+    "changed", [{"tokens": 64}, {"mode": "compiled"}, {"micro_batches": 2}, {"graph": True}, {"precision": "fp8-row"}]
 )
 def test_what_changes_the_times_is_timed_anew(tmp_path: Path, changed: dict[str, object]) -> None:
     clock = Clock()
