@@ -21,7 +21,7 @@ def loss_sum(
     hidden_ND, labels_N = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), labels_BT.reshape(-1)
     device = hidden_BTD.device
     asked = Format.parse(logits_format(logits, weight_VD.dtype, device).value).container
-    if device.type == "cuda":
+    if device.type == "cuda" and hidden_ND.dtype == weight_VD.dtype:  # a head kept in another format is widened
         kernel = loss_execution(device).value == "kernel" and asked.itemsize < 8 and not torch.compiler.is_compiling()
         if kernel:
             _check(labels_N, weight_VD.shape[0])
