@@ -75,7 +75,7 @@ def _turn(codes: Tensor) -> Tensor:
     codes_t = torch.empty(C, R, dtype=codes.dtype, device=codes.device)
     down, across = -(-R // BM), -(-C // BN)
     kernel: Any = turn_kernel if _interpreted(turn_kernel) else wrap_triton(turn_kernel)
-    kernel[(down * across,)](codes, codes_t, R, C, across, BM=BM, BN=BN, num_warps=8)
+    kernel[(down * across,)](codes, codes_t, R, C, R // 2, across, BM=BM, BN=BN, PAIRS=R % 2 == 0, num_warps=8)
     return codes_t
 
 

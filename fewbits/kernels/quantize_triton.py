@@ -212,14 +212,27 @@ def encode_both_kernel(
 
 
 @jit
-def turn_kernel(codes, codes_t, R, C, tiles_c, BM: tl.constexpr, BN: tl.constexpr):
-    """codes_t [C, R] of codes [R, C], each row by row."""
+def turn_kernel(codes, codes_t, R, C, half, tiles_c, BM: tl.constexpr, BN: tl.constexpr, PAIRS: tl.constexpr):
+    """codes_t [C, R] of one-byte codes [R, C], each row by row; half: R / 2.
+
+    PAIRS, for even R: two rows at a time as 16-bit words, which the matrix instructions of shared memory turn; bytes would be
+    stored there one by one.
+    """
     program = tl.program_id(0)
-    rows = (program // tiles_c).to(tl.int64) * BM + tl.arange(0, BM)
     columns = (program % tiles_c).to(tl.int64) * BN + tl.arange(0, BN)
-    mask = (rows < R)[:, None] & (columns < C)[None, :]
-    tile = tl.load(codes + rows[:, None] * C + columns[None, :], mask=mask)
-    tl.store(codes_t + columns[None, :] * R + rows[:, None], tile, mask=mask)
+    if PAIRS:
+        pairs = (program // tiles_c).to(tl.int64) * (BM // 2) + tl.arange(0, BM // 2)
+        mask = (pairs < half)[:, None] & (columns < C)[None, :]
+        first = codes + 2 * pairs[:, None] * C + columns[None, :]
+        low = tl.load(first, mask=mask).to(tl.uint8, bitcast=True).to(tl.uint16)
+        high = tl.load(first + C, mask=mask).to(tl.uint8, bitcast=True).to(tl.uint16)
+        words = tl.multiple_of(codes_t.to(tl.pointer_type(tl.uint16), bitcast=True), 16)  # a fresh tensor is aligned
+        tl.store(words + columns[None, :] * half + pairs[:, None], low | (high << 8), mask=mask)
+    else:
+        rows = (program // tiles_c).to(tl.int64) * BM + tl.arange(0, BM)
+        mask = (rows < R)[:, None] & (columns < C)[None, :]
+        tile = tl.load(codes + rows[:, None] * C + columns[None, :], mask=mask)
+        tl.store(codes_t + columns[None, :] * R + rows[:, None], tile, mask=mask)
 
 
 @jit

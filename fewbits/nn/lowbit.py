@@ -316,16 +316,15 @@ class ScaleStore:
             history.store, history.window = self, self.window[i]
             # .data counts changes of its own: autograd keeps maxima, and another layer's note is no change of this one's
             history.largest, history.maxima = self.largest[i, :3].data, self.maxima[i, :3].data
+        self._watching = layouts_execution(device).value == "kernel"  # others gain nothing by it
         self._watched: list[tuple[Tensor, torch.cuda.Event | None]] = []
-        if layouts_execution(device).value == "kernel":  # others gain nothing by it
-            self._watch(self.window[:, :, :-1])
-            self._watch(self.window)
 
     @staticmethod
     def of(histories: list[ScaleHistory], device: torch.device) -> ScaleStore:
         """The store of these histories in this order on `device`: the one they have, or a new one with their windows."""
         store = histories[0].store
-        if store is None or store.window.device != device or store.histories != histories:
+        strange = any(history.store is not store for history in histories)  # one may have moved on to another store
+        if store is None or strange or store.window.device != device or store.histories != histories:
             store = ScaleStore(histories, device)
         return store
 
@@ -333,17 +332,30 @@ class ScaleStore:
         """A step begins: its scales come from the windows."""
         self.largest[:, :3].copy_(self.window.amax(2))
         self.maxima.zero_()
-        known = bool(self._watched) and self._seen()
-        for history in self.histories:
-            history.known = known
+        if self._watching and not self._recording():  # what is recorded goes on with what the step before it knew
+            if not self._watched:
+                self._watch(self.window[:, :, :-1])
+                self._watch(self.window)
+            known = self._seen()
+            for history in self.histories:
+                history.known = known
 
     def end(self) -> None:
         """A step is over: its maxima join the windows, but for those that are not finite."""
         finite = torch.where(self.maxima.isfinite(), self.maxima, self.largest)[:, :3]
         self.window.copy_(torch.cat((self.window[:, :, 1:], finite.unsqueeze(2)), 2))
-        if self._watched:
+        if self._recording():
+            self.forget()
+        elif self._watched:
             del self._watched[0]
             self._watch(self.window)
+
+    def forget(self) -> None:
+        """The windows have changed, or will by a replay: what is known is to be found in them anew."""
+        self._watched.clear()
+
+    def _recording(self) -> bool:
+        return self.window.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def _watch(self, window: Tensor) -> None:
         """Sends for whether every role of every layer has a maximum among the newest of the window (so that it will have one
@@ -455,4 +467,5 @@ def load_scale_history(model: nn.Module, saved: Mapping[str, Any]) -> None:
                     f"the saved state has no scale history of {name}; resume with the model that wrote it."
                 )
             history.window.copy_(torch.tensor(saved[name]))
-            history.store = None  # what it knows is of the windows before
+            if history.store is not None:
+                history.store.forget()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import fewbits
 from fewbits import AdamW, ModelConfig, Step, Transformer
 from fewbits.nn.linear import Linear
-from fewbits.nn.lowbit import held_weights, hold, recipe_of
+from fewbits.nn.lowbit import held_weights, hold, load_scale_history, recipe_of, scale_history
 from fewbits.precision.recipe import RECIPES
 
 CONFIG = ModelConfig(
@@ -161,3 +162,66 @@ def test_compiled_layers_give_the_outputs_and_gradients_of_eager_ones(name):
         results.append([y.detach(), x.grad, linear.weight.grad, linear.bias.grad])
     for eager, other in zip(*results, strict=True):
         assert float((eager.double() - other.double()).norm()) <= 2.0**-8 * float(eager.double().norm())
+
+
+def delayed_histories(model: torch.nn.Module) -> list[Any]:
+    return [m.history for m in model.modules() if getattr(m, "history", None) is not None]
+
+
+def test_the_histories_of_all_layers_begin_and_end_a_step_as_each_would_alone():
+    """Maxima that are not finite keep the largest of the window, and each layer notes in its own row."""
+    model, step = build("fp8-delayed")
+    step([batch(0)])
+    histories = delayed_histories(model)
+    store = histories[0].store
+    assert len(histories) > 1 and all(h.store is store for h in histories)
+    before = store.window.clone()
+    noted = torch.rand(len(histories), 3)
+    noted[0, 1], noted[-1, 2] = float("nan"), float("inf")
+    with held_weights(model):
+        for i, history in enumerate(histories):
+            assert torch.equal(history.largest, before[i].amax(1))
+            history.maxima.copy_(noted[i])
+    for i, history in enumerate(histories):
+        newest = torch.where(noted[i].isfinite(), noted[i], before[i].amax(1))
+        assert torch.equal(history.window, torch.cat((before[i, :, 1:], newest.view(3, 1)), 1))
+    assert scale_history(model) == {
+        name: m.history.window.tolist() for name, m in model.named_modules() if getattr(m, "history", None) is not None
+    }
+
+
+def test_saved_histories_load_into_the_tensors_of_a_running_model():
+    """A recorded step reads them where they are."""
+    model, step = build("fp8-delayed")
+    step([batch(0)])
+    saved, store = scale_history(model), delayed_histories(model)[0].store
+    step([batch(1)])
+    assert scale_history(model) != saved
+    load_scale_history(model, saved)
+    assert scale_history(model) == saved
+    with held_weights(model):
+        assert all(h.store is store for h in delayed_histories(model))
+
+
+def test_a_copied_model_looks_back_on_its_own():
+    model, step = build("fp8-delayed")
+    step([batch(0)])
+    other = copy.deepcopy(model)
+    assert scale_history(other) == scale_history(model)
+    step([batch(1)])
+    assert scale_history(other) != scale_history(model)
+
+
+def test_layers_of_a_part_of_a_model_get_a_store_of_their_own_with_their_windows():
+    model, step = build("fp8-delayed")
+    step([batch(0)])
+    before = scale_history(model)
+    with held_weights(model.blocks[0].mlp):
+        pass
+    after = scale_history(model)
+    for name, window in before.items():
+        assert [row[1:] for row in window] == [row[:-1] for row in after[name]] or "mlp" not in name
+        assert after[name] == window or "mlp" in name
+    with held_weights(model):  # all together again, from where each is
+        pass
+    assert all([row[1:] for row in w] == [row[:-1] for row in scale_history(model)[name]] for name, w in after.items())
