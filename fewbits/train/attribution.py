@@ -29,7 +29,7 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"layer_?norm|rms_?norm|group_?norm|GammaBeta|RowwiseMoments", ELEMENTWISE),
     (r"gemm|nvjet|cutlass|xmma|matmul|gemv|splitk|scaled_mm|(^|_)mm(_|$)|cublas(?!.*memset)", MATMUL),
     (r"soft_?max|nll_?loss|cross_?entropy|(^|_)loss", LOSS_PART),
-    (r"quant|float8|fp8|hadamard|(^|_)(amax|encode)_", QUANTIZATION),
+    (r"quant|float8|fp8|hadamard|(^|_)(amax|encode|turn)_", QUANTIZATION),
     (r"adam|multi_tensor_apply|update|norm|foreach", OPTIMIZER),
     (r"memcpy|memset|copy|fill|CatArray|transpose|nccl", COPIES),
     (
@@ -46,7 +46,7 @@ _CPU_RULES: tuple[tuple[str, str], ...] = (
         rf"^{QUANTIZE}$|^fewbits::.*(encode|quant|amax)",
         QUANTIZATION,
     ),  # the range's own time: C++ that torch does not see
-    (r"^fewbits::", ELEMENTWISE),
+    (r"^fewbits::|^(gelu|norm|norm_backward|column_sums)$", ELEMENTWISE),  # C++ of ours, each call in a range
     (r"^aten::_?(mm|addmm_?|bmm|baddbmm_?|int_mm|scaled_mm)$|^(mkldnn|mkl|onednn|quantized)::.*linear", MATMUL),
     (r"attention", ATTENTION_PART),
     (r"soft_?max|nll_loss|cross_entropy", LOSS_PART),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fewbits.kernels.dispatch import loss_execution
 from fewbits.nn.transformer import ModelConfig
 from fewbits.precision.precision import Precision
 
@@ -22,17 +23,18 @@ def slow_shapes(
     batch: sequences in one micro-batch. On a CPU the list is empty: the multiples are those of tensor cores.
     model.vocab_size is known (or 0).
     """
-    if torch.device(device).type != "cuda":
+    device = torch.device(device)
+    if device.type != "cuda":
         return []
     few_bits = precision is not None and bool(precision.recipe)
     multiple = MULTIPLE_8BIT if few_bits else MULTIPLE_16BIT
     kind = "fp8 and int8" if few_bits else "16-bit"
     found = []
-    if model.vocab_size % VOCABULARY:
+    if model.vocab_size % VOCABULARY and loss_execution(device).value == "definition":  # the kernel aligns its rows
         larger = -(-model.vocab_size // VOCABULARY) * VOCABULARY
         found.append(
             f"a vocabulary of {model.vocab_size:,} is no multiple of {VOCABULARY}: --vocab_size {larger} spares the head "
-            "padding or unaligned matmuls"
+            "unaligned rows of logits"
         )
     found += _heads(model)
     tokens = batch * model.context

@@ -109,6 +109,8 @@ def test_operators_of_a_cpu_are_known_and_views_are_the_hosts_own_time() -> None
     assert operator_part("aten::_softmax", [LOSS_HEAD]) == LOSS_PART
     assert operator_part("aten::mul", [UPDATE]) == operator_part("aten::_fused_adamw_") == OPTIMIZER
     assert operator_part("quantize", ["forward"]) == operator_part("fewbits::encode_both") == QUANTIZATION
+    assert operator_part("norm_backward", ["backward", "_NormBackward"]) == operator_part("gelu") == ELEMENTWISE
+    assert operator_part("attention_softmax") == ATTENTION_PART and operator_part("softmax_gradient") == LOSS_PART
     assert operator_part("aten::copy_") == COPIES and operator_part("aten::sigmoid") == ELEMENTWISE
     assert operator_part("aten::as_strided", [UPDATE]) == operator_part("forward") == GAPS
 

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from fewbits.choice import Choice
+from fewbits.kernels import dispatch
 from fewbits.nn.transformer import ModelConfig
 from fewbits.precision.precision import Precision
 from fewbits.train.config import load_recipe, recipes
@@ -13,6 +15,18 @@ from fewbits.train.shapes import slow_shapes
 
 FAST = ModelConfig(vocab_size=50304, context=1024, n_layer=2, n_head=12, n_embd=768)
 FP8 = Precision.parse("fp8")
+
+
+@pytest.fixture(autouse=True)
+def plain_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel of the loss head, which would align its rows."""
+    choice = Choice("definition", "a test")
+    monkeypatch.setattr(dispatch, "_choices", {("loss", "cuda"): choice})
+
+
+def test_a_head_that_aligns_its_rows_has_no_slow_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_choices", {("loss", "cuda"): Choice("kernel", "a test")})
+    assert slow_shapes(replace(FAST, vocab_size=50257), 32, "cuda") == []
 
 
 def test_fast_shapes_are_not_named() -> None:
