@@ -7,7 +7,6 @@
 #include "parallel.hpp"
 
 namespace {
-constexpr long TILE = 512;     // elements whose fp32 copies stay in the first cache level
 constexpr long PIECE = 16384;  // elements of one piece of work
 constexpr int LANES = 16;
 
@@ -69,16 +68,20 @@ template <class T>
 void gelu(int threads, const T* x, long n, T* y, T* slope) {
     const float k = 1.5957691216057308f, c = 0.044715f * 1.5957691216057308f;
     parallel(threads, (n + PIECE - 1) / PIECE, [&](long piece) {
-        for (long at = piece * PIECE; at < std::min(n, (piece + 1) * PIECE); at++) {
-            float v = load(x[at]);
+        // the number of turns stands before the loop, in no one's memory: otherwise it would not become vectors
+        const long count = std::min(PIECE, n - piece * PIECE);
+        const T* from = x + piece * PIECE;
+        T *to = y + piece * PIECE, *kept = slope + piece * PIECE;
+        for (long j = 0; j < count; j++) {
+            float v = load(from[j]);
             float near = v > -30.0f ? v : -30.0f;
             near = near < 30.0f ? near : 30.0f;
             near = v != v ? v : near;
             float square = near * near, z = near * (k + c * square);
             float e = exponential(-z), s = 1.0f / (1.0f + e);  // 1 - s is s e, which loses nothing where s is near 1
             float turn = near * (k + 3 * c * square);
-            store(v * s, y[at]);
-            store(s + turn * (s * (s * e)), slope[at]);
+            store(v * s, to[j]);
+            store(s + turn * (s * (s * e)), kept[j]);
         }
     });
 }
