@@ -96,6 +96,7 @@ class Table:
         sizes = [row.working.numel() for row in rows]
         host = [[*row.addresses(), size, 0, row.scalars] for row, size in zip(rows, sizes, strict=True)]
         self._host = torch.tensor(host, dtype=torch.int64)
+        self._recorded = torch.empty_like(self._host, pin_memory=self.device.type == "cuda")
         self._chunks = _chunks(sizes, cut.block, self.device)
         self._wide_chunks = _chunks(sizes, cut.norm_block * cut.norm_repeat, self.device)
         self._upload()
@@ -107,7 +108,12 @@ class Table:
 
     def _upload(self) -> None:
         self._host[:, 6] = (self._host[:, :5] % 16 == 0).all(dim=1)  # a warp then loads 16 bytes a thread
-        self._table = to_device(self._host.clone(), self.device)
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # a graph copies anew at every replay: from memory of its own, which no later step changes or lets go
+            self._table = torch.empty_like(self._host, device=self.device)
+            self._table.copy_(self._recorded.copy_(self._host), non_blocking=True)
+        else:
+            self._table = to_device(self._host.clone(), self.device)
 
     def update(self, scalars: Tensor, factor: Tensor, clip_value: Tensor | None, applied: Tensor) -> None:
         """One update of all tensors in place; where `applied` is false every bit stays.
