@@ -8,7 +8,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "fewbits"
 ROOMS = (
-    "errors formats choice ranges numerics precision kernels parallel nn optim graph step data checkpoint train lab export "
+    "errors places formats choice ranges numerics precision kernels parallel nn optim graph step data checkpoint train lab export "
     "report"
 )
 ORDER = {name: floor for floor, name in enumerate([*ROOMS.split(), "integrations", "cli", "__main__"])}

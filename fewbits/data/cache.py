@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fewbits.errors import FewbitsError
-from fewbits.kernels.cpp import cache_root
+from fewbits.places import cache_root
 
 MANIFEST = "manifest.json"
 SCHEMA = 1

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from fewbits.choice import Choice
+from fewbits.places import cache_root
 
 # No contraction into fused multiply-adds: results must be those of the definitions, on any processor. No trap and no
 # errno is asked for, without which rint and the comparisons would not become vectors.
@@ -31,11 +32,6 @@ FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ARGUMENTS = {"i": ctypes.c_int, "l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
 _HEADERS = ("elements.hpp", "parallel.hpp")
 _HERE = Path(__file__).parent
-
-
-def cache_root() -> Path:
-    """The folder for what can be built again: `FEWBITS_CACHE`, else `~/.cache/fewbits`."""
-    return Path(os.environ.get("FEWBITS_CACHE") or Path.home() / ".cache" / "fewbits").expanduser()
 
 
 def compiler() -> list[str]:

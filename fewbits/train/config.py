@@ -135,7 +135,8 @@ class Config:
     name: str = "custom"
     """Name of the run in reports, and of its directory under runs/."""
     precision: str = "auto"
-    """A name such as bf16-mixed, fp16-mixed, fp8, nvfp4 or int4-qat, with overrides (`bf16-mixed, master=fp32`), or a recipe (`output=e4m3/row`); fp8-auto (any recipe: `fp8, layers=auto`) leaves in bf16 what is not faster in it; auto takes the fastest of fp32, tf32 and 16 bits."""  # noqa: E501
+    """A name (bf16-mixed, fp8, int4-qat) with overrides (`bf16-mixed, master=fp32`), or a recipe (`output=e4m3/row`); fp8-auto
+    keeps in bf16 what fp8 does not speed up; auto times fp32, tf32 and 16 bits."""
     keep: str = ""
     """Modules that stay out of the recipe (without one: in fp32), by name patterns between commas: `head,blocks.0.*`; `blocks.3=fp32` stores one in a format of its own."""  # noqa: E501
     model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=0))

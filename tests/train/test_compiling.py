@@ -76,7 +76,7 @@ def test_a_compiler_that_fails_at_the_first_step_leaves_the_run_eager_with_the_r
 ) -> None:
     plain = train(tiny("plain", n_layer=2), quiet=True)
     monkeypatch.setattr(Transformer, "compile_blocks", _broken)
-    monkeypatch.setattr(begin, "choose_execution", lambda config: _compiled(config, choices))
+    monkeypatch.setattr(begin, "choose_execution", lambda config, **_: _compiled(config, choices))
     summary = train(tiny("fallen", n_layer=2, compile="auto"), quiet=True)
     compile = next(choice for choice in summary["choices"] if choice["what"] == "compile")
     assert compile["value"] is False and "Unsupported: no such thing" in compile["reason"]
