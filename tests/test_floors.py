@@ -8,8 +8,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "fewbits"
 ROOMS = (
-    "errors places formats choice ranges numerics precision kernels parallel nn optim graph step data checkpoint train lab export "
-    "report"
+    "errors places formats choice ranges numerics precision kernels parallel nn optim graph step data checkpoint train "
+    "lab export report"
 )
 ORDER = {name: floor for floor, name in enumerate([*ROOMS.split(), "integrations", "cli", "__main__"])}
 FILES = {".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))}
