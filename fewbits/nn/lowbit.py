@@ -441,11 +441,19 @@ def _hold_all(layers: Sequence[Any]) -> None:
 
 def together(layer: Any) -> bool:
     """Whether the weight of a low-bit layer can be quantized with others: one scale and the same codes for both matmuls."""
-    recipe, weight = recipe_of(layer.recipe), layer.weight
-    if layer.fake or recipe.output is None or not shared_weight(recipe) or recipe.output.right.scaling == "unit":
+    operand, weight = _shared_operand(layer.recipe), layer.weight
+    if layer.fake or operand is None or not weight.is_contiguous():
         return False
-    operand, alone = recipe.output.right, not weight.is_contiguous()
-    return not alone and in_layouts(weight, operand.format, operand.granularity, operand.rounding, operand.scaling)
+    return in_layouts(weight, operand.format, operand.granularity, operand.rounding, operand.scaling)
+
+
+@cache
+def _shared_operand(text: str) -> Operand | None:
+    """The weight as both of its matmuls take it, by a recipe; None where they differ, or its scale hangs on its shape."""
+    recipe = recipe_of(text)
+    if recipe.output is None or not shared_weight(recipe) or recipe.output.right.scaling == "unit":
+        return None
+    return recipe.output.right
 
 
 def scale_history(model: nn.Module) -> dict[str, list[list[float]]]:
