@@ -6,7 +6,7 @@
 
 kernels: the softmax kernel over one piece of logits, by how many columns it reads at a time and with how many warps, against
 the compiled definition; GB/s counts every logit read once and every gradient written once. matmuls: logits in fp32, fp16
-and bf16, and the two products of gradients, with rows that lie 64 elements apart or as the vocabulary has it; the sum of
+and bf16, and the two products of gradients, tight, with rows that lie 64 elements apart, or padded to 64 columns; the sum of
 the weight gradient over pieces in three ways. whole: forward and backward as Step calls them, fp32 logits with gradients
 of their own ("before") against fp16, bf16 and fp32 logits and several sizes of a piece, with the memory that it takes
 besides its inputs. errors: the mean loss and the gradients against fp64.
@@ -126,13 +126,16 @@ def kernels(found: dict[str, Any], model: str, N: int, _D: int, V: int) -> None:
 def matmuls(found: dict[str, Any], model: str, N: int, D: int, V: int) -> None:
     """Logits by format, and the products of gradients, by how rows lie."""
     rows = min(N, definition.piece_rows(N, V, "cuda", 2))
-    hidden, weight = torch.randn(rows, D, device=DEVICE).to(BF16), torch.randn(V, D, device=DEVICE).to(BF16)
-    total, narrow, grad_hidden = torch.zeros(V, D, device=DEVICE), torch.empty_like(weight), torch.empty_like(hidden)
-    for layout in ["tight", "64 apart"] if V % 64 else ["tight"]:
-        empty = partial(aligned_rows, rows, V, device=DEVICE)
+    hidden = torch.randn(rows, D, device=DEVICE).to(BF16)
+    grad_hidden = torch.empty_like(hidden)
+    for layout in ["tight", "64 apart", "padded"] if V % 64 else ["tight"]:
+        W = -(-V // 64) * 64 if layout == "padded" else V
+        empty = partial(aligned_rows, rows, W, device=DEVICE)
         if layout == "tight":
-            empty = partial(torch.empty, (rows, V), device=DEVICE)
-        gradient = empty(dtype=BF16).copy_(torch.randn(rows, V, device=DEVICE).mul_(1e-3))
+            empty = partial(torch.empty, (rows, W), device=DEVICE)
+        weight, total = torch.randn(W, D, device=DEVICE).to(BF16), torch.zeros(W, D, device=DEVICE)
+        narrow = torch.empty_like(weight)
+        gradient = empty(dtype=BF16).copy_(torch.randn(rows, W, device=DEVICE).mul_(1e-3))
         turned = gradient.t()
         cases: dict[str, Callable[[], Any]] = {
             f"logits of {short(a)} in {short(out)}": partial(multiply, hidden.to(a), weight.to(a).t(), empty(dtype=out))

@@ -27,11 +27,9 @@ from fewbits.numerics.loss import softmax_losses as losses_definition
 from fewbits.numerics.wide import wide_dtype
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_ALIGNED = 64  # elements between rows divide by it: 128 bytes of 16-bit numbers, one line of the cache
-BLOCK, WARPS = (
-    4096,
-    8,
-)  # columns that a program reads at a time and the warps that do it: bench/loss_head.py times others
+_ALIGNED = 64  # what the columns of a matmul are padded to: 128 bytes of 16-bit numbers, one line of the cache
+# columns that a program reads at a time and the warps that do it: bench/loss_head.py times others
+BLOCK, WARPS = 4096, 8
 
 
 def why_not(logits: Tensor, dtype: torch.dtype) -> str:
@@ -190,9 +188,8 @@ class DeviceHead:
         With one piece the weight gradient is one matmul; with more their fp32 sums are added up and rounded once.
         """
         N, V, dtype, wide = labels_N.shape[0], weight_VD.shape[0], hidden_ND.dtype, wide_dtype(hidden_ND.dtype)
-        width = (
-            self.logits_dtype.itemsize
-        )  # the definition makes a copy and an fp32 one between; the kernel, at most, a copy
+        # bytes of a logit and of its gradient, unless that is written over it; the definition makes wide copies between
+        width = self.logits_dtype.itemsize
         width += 0 if self.kernel and width == dtype.itemsize else dtype.itemsize
         rows = piece_rows(N, V, "cuda", width)
         weight_WD = _padded(weight_VD)

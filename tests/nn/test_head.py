@@ -31,7 +31,7 @@ def test_a_gpu_with_triton_runs_the_kernel_on_fp16_logits(monkeypatch):
     cuda = torch.device("cuda")
     for there, value in ((True, "kernel"), (False, "definition")):
         monkeypatch.setattr(dispatch, "_choices", {})
-        monkeypatch.setattr(dispatch.twin, "installed", lambda there=there: there)
+        monkeypatch.setattr(dispatch.cuda_twin, "installed", lambda there=there: there)
         assert dispatch.loss_execution(cuda).value == value
         assert dispatch.logits_format("auto", torch.bfloat16, cuda).value == "fp16"
         assert dispatch.logits_format("auto", torch.float32, cuda).value == "fp32"
