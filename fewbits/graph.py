@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fewbits.choice import Choice
 from fewbits.errors import FewbitsError
+from fewbits.kernels.recording import keeping
 from fewbits.nn.transformer import Transformer
 
 MicroBatch = Mapping[str, Tensor]
@@ -48,11 +49,12 @@ def _why_not(model: nn.Module, device: torch.device) -> str:
 
 
 class _Recorded(NamedTuple):
-    """A graph with the tensors that it reads and writes."""
+    """A graph with what it reads and writes."""
 
     graph: Any
     micro_batches: list[dict[str, Tensor]]
     result: tuple[Tensor, ...]
+    kept: list[object]
 
 
 class StepGraph:
@@ -117,14 +119,14 @@ class StepGraph:
         torch.cuda.reset_peak_memory_stats(self.device)
         self.recording = True
         try:
-            with torch.cuda.device(self.device), torch.cuda.graph(graph):
+            with torch.cuda.device(self.device), keeping() as kept, torch.cuda.graph(graph):
                 result = self.take(mine)
         except torch.OutOfMemoryError:
             self.choice = Choice(False, "its memory did not fit beside what is there")
         except RuntimeError as error:  # what CUDA does not record, in words of the driver
             self.choice = Choice(False, f"recording failed: {str(error).strip().splitlines()[0]}")
         else:
-            self._recorded = _Recorded(graph, mine, tuple(result))
+            self._recorded = _Recorded(graph, mine, tuple(result), kept)
             self.peak = torch.cuda.max_memory_allocated(self.device)
         finally:
             self.recording = False

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fewbits.formats import Format
 from fewbits.kernels.quantize import why_not as why_no_codes
+from fewbits.kernels.recording import keep
 from fewbits.numerics.quantize import POWERS, carrier
 from fewbits.numerics.scaling import Granularity
 
@@ -118,6 +119,7 @@ def encode_all(matrices: Sequence[Tensor], format: Format, earlier: Tensor | Non
 
     device, (BM, BN) = matrices[0].device, TILE
     known = _table(tuple((m.data_ptr(), m.shape[0], m.shape[1]) for m in matrices), str(device))
+    keep(known)
     amax = torch.zeros(len(matrices), dtype=torch.int32, device=device)
     scale = torch.empty(len(matrices), SCALE_STRIDE, device=device)
     codes = torch.empty(known.length, dtype=carrier(format), device=device)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fewbits.kernels.recording import keep
 from fewbits.numerics.update import adam_, adamw_, sgd_
 
 RULES: dict[Callable[..., None], str] = {adamw_: "adamw", adam_: "adam", sgd_: "sgd"}
@@ -110,6 +111,7 @@ class Table:
         self._host[:, 6] = (self._host[:, :5] % 16 == 0).all(dim=1)  # a warp then loads 16 bytes a thread
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             # a graph copies anew at every replay: from memory of its own, which no later step changes or lets go
+            keep(self._recorded)
             self._table = torch.empty_like(self._host, device=self.device)
             self._table.copy_(self._recorded.copy_(self._host), non_blocking=True)
         else:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fewbits.errors import FewbitsError
 from fewbits.kernels.dispatch import emulated
 from fewbits.kernels.heap import keep_freed_memory
+from fewbits.kernels.recording import keeping
 from fewbits.nn.candidates import BF16, Shape
 from fewbits.nn.lowbit import held_weights
 from fewbits.nn.prepare import prepare
@@ -235,12 +236,22 @@ def recorded(step: Callable[[], None]) -> Callable[[], None]:
     """A warm step as a CUDA graph that is replayed; itself where it cannot be recorded, as the run's steps then stay."""
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with keeping() as kept, torch.cuda.graph(graph):
             step()
     except RuntimeError:
         return step
-    replay: Callable[[], None] = graph.replay
-    return replay
+    return _Replay(graph, step, kept)
+
+
+class _Replay(NamedTuple):
+    """A recorded step with what the graph reads: the tensors of `step`, and `kept`."""
+
+    graph: Any
+    step: Callable[[], None]
+    kept: list[object]
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
