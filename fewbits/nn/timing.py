@@ -243,7 +243,8 @@ def recorded(step: Callable[[], None]) -> Callable[[], None]:
     return _Replay(graph, step, kept)
 
 
-class _Replay(NamedTuple):
+@dataclass(frozen=True)
+class _Replay:
     """A recorded step with what the graph reads: the tensors of `step`, and `kept`."""
 
     graph: Any
