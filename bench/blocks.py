@@ -55,9 +55,10 @@ def alternate(script: str, cases: dict[str, list[str]], rounds: int, timeout: fl
     for index in range(rounds):
         for name, arguments in cases.items():
             started = time.time()
+            paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
             process = subprocess.run(
                 [sys.executable, script, "--case", *arguments], capture_output=True, text=True, timeout=timeout,
-                env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, check=False,
             )  # fmt: skip
             lines = [line for line in process.stdout.splitlines() if line.startswith("{")]
             block = json.loads(lines[-1]) if process.returncode == 0 and lines else {"error": process.stderr[-600:]}

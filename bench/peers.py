@@ -1,7 +1,7 @@
-"""Whole training steps of a GPT-2 shape beside transformers' Trainer: what cpu_peers.py alternates.
+"""Whole training steps of a GPT-2 shape beside transformers' Trainer and Lightning: what cpu_peers.py alternates.
 
-Every case runs forward, backward, clipping at 1.0 and AdamW on random tokens. `--case ours PRECISION` and
-`--case trainer DTYPE` print one JSON line; options follow as key=value.
+Every case runs forward, backward, clipping at 1.0 and AdamW on random tokens. `--case ours PRECISION`,
+`--case trainer DTYPE` and `--case lightning DTYPE` print one JSON line; options follow as key=value.
 """
 
 from __future__ import annotations
@@ -91,6 +91,48 @@ def trainer(dtype: str, o: dict[str, int]) -> dict[str, Any]:
     return {"ms": times, "peak_bytes": peak(), "tokens": o["B"] * o["T"]}
 
 
+def lightning(dtype: str, o: dict[str, int]) -> dict[str, Any]:
+    """The same shape as GPT2LMHeadModel under Lightning's Trainer, with torch's AdamW, its data ready in memory."""
+    import time
+
+    from lightning.pytorch import LightningModule, Trainer
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = GPT2Config(
+        vocab_size=o["V"], n_positions=o["T"], n_embd=o["D"], n_layer=o["L"], n_head=o["H"], resid_pdrop=0, embd_pdrop=0,
+        attn_pdrop=0, attn_implementation="sdpa", use_cache=False, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    cuda = torch.cuda.is_available()
+    ends: list[float] = []
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = GPT2LMHeadModel(shape)
+
+        def training_step(self, rows: torch.Tensor, index: int) -> torch.Tensor:
+            return self.model(input_ids=rows, labels=rows).loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            # Lightning refuses to clip beside a fused optimizer in mixed precision
+            return torch.optim.AdamW(self.parameters(), lr=1e-4, fused=dtype == "fp32")
+
+        def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+            if cuda:
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+
+    rows = torch.randint(o["V"], (o["B"] * (o["warmup"] + o["steps"] + 2), o["T"]))
+    trainer = Trainer(
+        accelerator="gpu" if cuda else "cpu", devices=1, precision={"fp32": "32-true"}.get(dtype, f"{dtype}-mixed"),
+        max_steps=o["warmup"] + o["steps"], gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=os.path.join("/tmp", "peer"),
+    )  # fmt: skip
+    trainer.fit(Module(), torch.utils.data.DataLoader(rows, batch_size=o["B"]))
+    times = [(b - a) * 1e3 for a, b in itertools.pairwise(ends[o["warmup"] - 1 :])]
+    return {"ms": times, "peak_bytes": peak(), "tokens": o["B"] * o["T"]}
+
+
 def peak() -> int | None:
     """Peak of the allocator on CUDA."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
@@ -101,7 +143,7 @@ def case() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--case", nargs="+", required=True)
     who, what, *rest = parser.parse_args().case
-    print(json.dumps({"ours": ours, "trainer": trainer}[who](what, options(rest))))
+    print(json.dumps({"ours": ours, "trainer": trainer, "lightning": lightning}[who](what, options(rest))))
 
 
 def table(results: dict[str, Any], tokens: int, first: str) -> None:
