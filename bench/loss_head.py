@@ -1,6 +1,6 @@
 """The loss head, linear layer and cross entropy with both gradients: what it costs, in parts and whole, and what it errs.
 
-    python bench/loss_head.py                 # on an H100, under 90 seconds: bench/results/loss_head_h100.json
+    python bench/loss_head.py                 # on an H100, under 90 seconds: bench/results/loss_head.json
     python bench/loss_head.py --only kernels  # or matmuls, whole, errors
     python bench/loss_head.py --smoke         # tiny shapes, any machine (TRITON_INTERPRET=1 without a GPU), writes nothing
 
@@ -282,7 +282,7 @@ def main() -> None:
     choices = {"loss": loss_execution(DEVICE), "logits": logits_format("auto", BF16, DEVICE)}
     results["choices"] = {**{name: list(choice) for name, choice in choices.items()}, **recorded()}
     if not arguments.smoke:
-        save("loss_head_h100", results)
+        save("loss_head", results)
 
 
 if __name__ == "__main__":
