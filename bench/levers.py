@@ -3,7 +3,7 @@
     python bench/levers.py --recipe gpt2-124m --cases "precision=bf16-mixed,train.graph=false; precision=bf16-mixed" \
         --out bench/results/levers_NAME.json
 
-A case is overrides of the recipe, separated by commas, and cases by semicolons; `compile=no|blocks|whole` says how much of the
+A case is overrides of the recipe, separated by commas, and cases by semicolons; `compile=no|blocks|auto` says how much of the
 model is compiled at once. Whole steps (forward, backward, clipping, AdamW with exact master weights) on random tokens
 that lie on the device. `--profile N` adds the N kernels that take the longest of each case.
 """
@@ -29,7 +29,7 @@ from fewbits.train.config import load_recipe, override
 
 def build(recipe: str, case: str, device: torch.device) -> tuple[Any, int]:
     """A step with its batch, as something to call, and the tokens in one call."""
-    config, compile = load_recipe(recipe), "blocks"
+    config, compile = load_recipe(recipe), "auto"
     for pair in filter(None, case.split(",")):
         name, _, value = pair.strip().partition("=")
         if name == "compile":
@@ -37,10 +37,9 @@ def build(recipe: str, case: str, device: torch.device) -> tuple[Any, int]:
         else:
             config = override(config, name, value)
     config = config.check()
-    model, _, step = build_step(config, Precision.parse(config.precision), device, compile == "blocks")
-    if compile == "whole":
-        model.hidden = torch.compile(model.hidden, dynamic=False)  # type: ignore[method-assign]
-        model.compile_head()
+    model, _, step = build_step(config, Precision.parse(config.precision), device, compile != "no")
+    if compile == "blocks":
+        model._run_stack = None
     batch, parts = config.train.batch_size, config.train.micro_batches
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.model.vocab_size, (batch, config.model.context + 1), generator=generator).to(device)

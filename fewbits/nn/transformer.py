@@ -22,6 +22,7 @@ from fewbits.numerics.loss import Pieces
 from fewbits.numerics.wide import widen
 from fewbits.ranges import BLOCK, LOSS_HEAD, span
 
+AT_ONCE = 12  # layers that are compiled as one graph; with more, compiling takes minutes
 # Beyond these a size is a typing error, not a model (the largest public models stay a factor of 10 below).
 _LARGEST = {"vocab_size": 10_000_000, "context": 10_000_000, "n_layer": 10_000, "n_head": 10_000, "n_embd": 1_000_000}
 
@@ -196,6 +197,18 @@ def _train_block(block: Block, x: Tensor, rotary: tuple[Tensor, Tensor] | None, 
     return block(x, rotary, mask)  # type: ignore[no-any-return]
 
 
+def _train_stack(
+    blocks: nn.ModuleList,
+    norm: LayerNorm | RMSNorm,
+    x: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None,
+) -> Tensor:
+    for block in blocks:
+        x = block(x, rotary, mask)
+    return norm(x)  # type: ignore[no-any-return]
+
+
 def _train_norm(norm: LayerNorm | RMSNorm, x: Tensor) -> Tensor:
     return norm(x)  # type: ignore[no-any-return]
 
@@ -233,6 +246,7 @@ class Transformer(nn.Module):
         self.register_buffer("rotary_sin", sin, persistent=False)
         self._run_train: Callable[..., Tensor] = _train_block
         self._run_norm: Callable[..., Tensor] = _train_norm
+        self._run_stack: Callable[..., Tensor] | None = None
         self._run_evaluate: Callable[..., Tensor] = _evaluate_block
         self._pieces: Pieces | None = None
         self.tf32 = False
@@ -256,11 +270,18 @@ class Transformer(nn.Module):
         return self.embed.weight if self.head is None else self.head.weight
 
     def compile_blocks(self, evaluation: bool = False) -> None:
-        """Compiles the block for training, the last norm and the softmax of the loss head; evaluation gets a callable of
-        its own."""
+        """Compiles what is trained, and the softmax of the loss head; evaluation gets a callable of its own.
+
+        The block is compiled once for all layers. On a GPU, few layers in the working format are compiled as one graph, where
+        residual sums join the norms of the next block: 61.5 to 59.9 ms a step at gpt2-124m on an H200, for 21 s of compiling
+        instead of 9.
+        """
         for weight in {p.dtype: p for p in self.parameters() if p.dtype in FORMAT_OF}.values():
             emulated(FORMAT_OF[weight.dtype], weight.device.type)
         self._run_train = torch.compile(_train_block, dynamic=False)
+        low_bit = any(getattr(module, "recipe", "") for module in self.blocks.modules())
+        if self.head_weight.is_cuda and len(self.blocks) <= AT_ONCE and not low_bit:
+            self._run_stack = torch.compile(_train_stack, dynamic=False)
         if self.head_weight.is_cuda:  # eager code widens before it normalizes: 1.5 GB read and written for 32,768 x 768
             self._run_norm = torch.compile(_train_norm, dynamic=False)
         self.compile_head()
@@ -288,6 +309,8 @@ class Transformer(nn.Module):
             x = nn.functional.dropout(x, self.config.dropout, self.training)
         rotary = self._rotary(T, positions)
         mask = None if documents is None else document_mask(documents)
+        if self.training and self._run_stack is not None:
+            return self._run_stack(self.blocks, self.norm, x, rotary, mask)
         run = self._run_train if self.training else self._run_evaluate
         for number, block in enumerate(self.blocks):
             with span(BLOCK, number):
