@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from fewbits.kernels.dispatch import emulated
 from fewbits.nn.fake import LEARNED, fake_linear, hold_fake
-from fewbits.nn.lowbit import HeldWeight, ScaleHistory, hold, lowbit_linear, recipe_of
+from fewbits.nn.lowbit import HeldWeight, hold, lowbit_linear, recipe_of
+from fewbits.nn.scale_history import ScaleHistory
 from fewbits.numerics.keys import current_key
 from fewbits.numerics.matmul import emulated_linear
 

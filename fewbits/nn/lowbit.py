@@ -7,7 +7,7 @@ codes are never older than the weight. The gradient is quantized once where both
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -16,18 +16,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fewbits.errors import FewbitsError
 from fewbits.kernels.dispatch import (
     emulated,
     encode_both,
     fused,
     in_layouts,
-    layouts_execution,
     quantize,
     quantize_both,
 )
 from fewbits.kernels.layouts import encode_all
 from fewbits.kernels.matmul import scaled_matmul
+from fewbits.nn.scale_history import ACTIVATION, GRADIENT, WEIGHT, ScaleHistory, ScaleStore
 from fewbits.numerics.hadamard import random_hadamard
 from fewbits.numerics.quantize import Both, Key, Quantized, encode
 from fewbits.numerics.scaling import block_amax, power_of_two_scale
@@ -35,7 +34,6 @@ from fewbits.numerics.wide import widen
 from fewbits.precision.recipe import Operand, Recipe
 from fewbits.ranges import QUANTIZE, span
 
-ACTIVATION, WEIGHT, GRADIENT = range(3)
 # added to a layer's key, so that each of its operands draws its own numbers; the Hadamard signs of a pair are the same
 _SITES = {"output": 0x1F3, "grad_input": 0x2E5, "grad_weight": 0x4C9, "hadamard": 0x8B7}
 
@@ -281,103 +279,6 @@ class _Draw(NamedTuple):
         return scale if self.known else honest, honest
 
 
-class ScaleHistory:
-    """Delayed scaling: the largest magnitudes of a layer's activation, weight and gradient over the last steps.
-
-    Within a step, operands are scaled by the largest of the steps before it and the maxima of this one are noted (NVIDIA's
-    delayed scaling, as in Micikevicius et al. 2022). window: fp32 [3, steps], newest last; largest and maxima: fp32 [3].
-    From the first step on, all three lie in the tensors of a `ScaleStore`, which says when all of its largest are `known` to
-    be there: compiled layers then write codes as they go, and need no look at the whole tensor first.
-    """
-
-    STEPS = 16
-
-    def __init__(self, window: Tensor | None = None) -> None:
-        self.window = torch.zeros(3, self.STEPS) if window is None else window
-        self.largest = torch.zeros(3)
-        self.maxima = torch.zeros(3)
-        self.known = False
-        self.store: ScaleStore | None = None
-
-    def __reduce__(self) -> tuple[type[ScaleHistory], tuple[Tensor]]:
-        return ScaleHistory, (self.window.clone(),)  # a copy of a layer looks back on its own
-
-
-class ScaleStore:
-    """The histories of many layers in one tensor a kind, so that a step begins and ends in a handful of launches for all of
-    them: fp32 window [layers, 3, steps], largest and maxima [layers, 4] (16 bytes from one layer to the next, without
-    which a compiled graph would copy them; the fourth number is not used)."""
-
-    def __init__(self, histories: list[ScaleHistory], device: torch.device) -> None:
-        self.histories = histories
-        self.window = torch.stack([history.window.to(device) for history in histories])
-        self.largest, self.maxima = torch.zeros(2, len(histories), 4, device=device)
-        for i, history in enumerate(histories):
-            history.store, history.window = self, self.window[i]
-            # .data counts changes of its own: autograd keeps maxima, and another layer's note is no change of this one's
-            history.largest, history.maxima = self.largest[i, :3].data, self.maxima[i, :3].data
-        self._watching = layouts_execution(device).value == "kernel"  # others gain nothing by it
-        self._watched: list[tuple[Tensor, torch.cuda.Event | None]] = []
-
-    @staticmethod
-    def of(histories: list[ScaleHistory], device: torch.device) -> ScaleStore:
-        """The store of these histories in this order on `device`: the one they have, or a new one with their windows."""
-        store = histories[0].store
-        strange = any(history.store is not store for history in histories)  # one may have moved on to another store
-        if store is None or strange or store.window.device != device or store.histories != histories:
-            store = ScaleStore(histories, device)
-        return store
-
-    def begin(self) -> None:
-        """A step begins: its scales come from the windows."""
-        self.largest[:, :3].copy_(self.window.amax(2))
-        self.maxima.zero_()
-        if self._watching and not self._recording():  # what is recorded goes on with what the step before it knew
-            if not self._watched:
-                self._watch(self.window[:, :, :-1])
-                self._watch(self.window)
-            known = self._seen()
-            for history in self.histories:
-                history.known = known
-
-    def end(self) -> None:
-        """A step is over: its maxima join the windows, but for those that are not finite."""
-        finite = torch.where(self.maxima.isfinite(), self.maxima, self.largest)[:, :3]
-        self.window.copy_(torch.cat((self.window[:, :, 1:], finite.unsqueeze(2)), 2))
-        if self._recording():
-            self.forget()
-        elif self._watched:
-            del self._watched[0]
-            self._watch(self.window)
-
-    def forget(self) -> None:
-        """The windows have changed, or will by a replay: what is known is to be found in them anew."""
-        self._watched.clear()
-
-    def _recording(self) -> bool:
-        return self.window.is_cuda and torch.cuda.is_current_stream_capturing()
-
-    def _watch(self, window: Tensor) -> None:
-        """Sends for whether every role of every layer has a maximum among the newest of the window (so that it will have one
-        for some steps more), without waiting."""
-        found = (window[:, :, -(ScaleHistory.STEPS // 2) :].amax(2) > 0).all()
-        if not found.is_cuda:
-            self._watched.append((found, None))
-            return
-        flag, event = torch.empty((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
-        flag.copy_(found, non_blocking=True)
-        event.record()
-        self._watched.append((flag, event))
-
-    def _seen(self) -> bool:
-        """What was found at the end of the step before the last: always of that one, so that a run repeats, also a resumed
-        one, which finds it in the window that it loads. It has long arrived, unless the host is two steps ahead."""
-        flag, event = self._watched[0]
-        if event is not None:
-            event.synchronize()
-        return bool(flag)
-
-
 def _restored(codes: Tensor, scale: Tensor, operand: Operand) -> Quantized:
     return Quantized(codes, scale, operand.format, operand.granularity, operand.scaling)
 
@@ -454,26 +355,3 @@ def _shared_operand(text: str) -> Operand | None:
     if recipe.output is None or not shared_weight(recipe) or recipe.output.right.scaling == "unit":
         return None
     return recipe.output.right
-
-
-def scale_history(model: nn.Module) -> dict[str, list[list[float]]]:
-    """The windows of all layers with delayed scaling by name, as plain numbers (exact: fp32 in Python's floats)."""
-    return {
-        name: module.history.window.tolist()
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "history", None), ScaleHistory)
-    }
-
-
-def load_scale_history(model: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Restores what `scale_history` gave. Raises FewbitsError where it is of another model."""
-    for name, module in model.named_modules():
-        history = getattr(module, "history", None)
-        if isinstance(history, ScaleHistory):
-            if name not in saved:
-                raise FewbitsError(
-                    f"the saved state has no scale history of {name}; resume with the model that wrote it."
-                )
-            history.window.copy_(torch.tensor(saved[name]))
-            if history.store is not None:
-                history.store.forget()

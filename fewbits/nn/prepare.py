@@ -27,9 +27,10 @@ from fewbits.nn.embedding import Embedding
 from fewbits.nn.emulate import emulation, needed
 from fewbits.nn.fake import LEARNED, fake_linear, first_log_scale
 from fewbits.nn.linear import Linear
-from fewbits.nn.lowbit import ScaleHistory, let_compilers_in, lowbit_linear, recipe_of
+from fewbits.nn.lowbit import let_compilers_in, lowbit_linear, recipe_of
 from fewbits.nn.norm import LayerNorm, RMSNorm
 from fewbits.nn.packed import refuse_packed
+from fewbits.nn.scale_history import ScaleHistory
 from fewbits.nn.transformer import Transformer
 from fewbits.numerics.random import mix_key
 from fewbits.numerics.update import join_master, round_away, split_master

@@ -16,7 +16,8 @@ from fewbits import AdamW, ModelConfig, Step, Transformer
 from fewbits.choice import Choice
 from fewbits.formats import Format
 from fewbits.kernels import dispatch, layouts
-from fewbits.nn.lowbit import held_weights, scale_history
+from fewbits.nn.lowbit import held_weights
+from fewbits.nn.scale_history import scale_history
 from fewbits.numerics import quantize as definition
 from fewbits.numerics.scaling import Granularity, power_of_two_scale
 
