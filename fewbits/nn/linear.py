@@ -39,6 +39,8 @@ class Linear(nn.Linear):
     """Whether the recipe is one of quantization-aware training."""
     held: HeldWeight | None = None
     """Codes of the weight as long as a step holds it still (see `held_weights`)."""
+    chained: bool = False
+    """Whether what makes its operands may hand over more than values within that step (see `chains`)."""
     history: ScaleHistory | None = None
     """What recipes with delayed scaling look back on."""
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.kernels.dispatch import (
+    activation_execution,
     emulated,
     encode_both,
     fused,
@@ -29,9 +30,9 @@ from fewbits.kernels.matmul import scaled_matmul
 from fewbits.nn.scale_history import ACTIVATION, GRADIENT, WEIGHT, ScaleHistory, ScaleStore
 from fewbits.numerics.hadamard import random_hadamard
 from fewbits.numerics.quantize import Both, Key, Quantized, encode
-from fewbits.numerics.scaling import block_amax, power_of_two_scale
+from fewbits.numerics.scaling import Granularity, block_amax, power_of_two_scale
 from fewbits.numerics.wide import widen
-from fewbits.precision.recipe import Operand, Recipe
+from fewbits.precision.recipe import Matmul, Operand, Recipe
 from fewbits.ranges import QUANTIZE, span
 
 # added to a layer's key, so that each of its operands draws its own numbers; the Hadamard signs of a pair are the same
@@ -87,7 +88,7 @@ def _alike(a: Operand, b: Operand) -> bool:
 @torch.no_grad()
 def hold(weight: Tensor, recipe: Recipe, scales: Tensor | None = None, maxima: Tensor | None = None) -> HeldWeight:
     """The codes of a weight [O, K] for a recipe. scales, maxima: for delayed scaling, see `ScaleHistory`."""
-    weight, draw = weight.detach(), _Draw(None, scales, maxima)
+    weight, draw = weight.detach(), Draw(None, scales, maxima)
     output = back = None
     if recipe.output is not None and shared_weight(recipe):
         output, back, _ = draw.both(weight, recipe.output.right, "output", WEIGHT)
@@ -151,7 +152,7 @@ class _LowBitLinear(torch.autograd.Function):
         known: bool,
     ) -> Tensor:
         recipe = recipe_of(text)
-        draw = _Draw(key, scales, maxima, known)
+        draw = Draw(key, scales, maxima, known)
         x_NK = x.reshape(-1, x.shape[-1])
         left = turned = None
         if recipe.output is not None and ctx.needs_input_grad[1] and shared_activation(recipe):
@@ -161,8 +162,7 @@ class _LowBitLinear(torch.autograd.Function):
         if left is None or output_codes is None or output_scale is None or recipe.output is None:
             y_NO = plain(x_NK, weight, bias)
         else:
-            right = _restored(output_codes, output_scale, recipe.output.right)
-            y_NO = scaled_matmul(left, right, recipe.output.accumulator, weight.dtype, bias)
+            y_NO = multiply(left, output_codes, output_scale, recipe.output, weight.dtype, bias)
         if not ctx.needs_input_grad[1]:
             kept: tuple[Tensor | None, Tensor | None] = (None, None)
         elif recipe.grad_weight is None:
@@ -181,32 +181,39 @@ class _LowBitLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_codes, x_scale, weight, codes, scale, key, scales, maxima = ctx.saved_tensors
-        draw = _Draw(key, scales, maxima, ctx.known)
+        draw = Draw(key, scales, maxima, ctx.known)
         recipe: Recipe = recipe_of(ctx.text)
         grad_NO = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
         biased = ctx.bias_dtype is not None and ctx.needs_input_grad[2]
-        left, rows, sums = _gradient_codes(draw, grad_NO, recipe, ctx.needs_input_grad[:2], biased)
+        left, rows, sums = gradient_codes(draw, grad_NO, recipe, ctx.needs_input_grad[:2], biased)
         if ctx.needs_input_grad[0]:
             if left is None or recipe.grad_input is None:
                 grad_x = plain(grad_NO, weight.t())
             else:
-                right = _restored(codes, scale, recipe.grad_input.right)
-                grad_x = scaled_matmul(left, right, recipe.grad_input.accumulator, ctx.dtype)
+                grad_x = multiply(left, codes, scale, recipe.grad_input, ctx.dtype)
             grad_x = grad_x.view(ctx.shape)
         if ctx.needs_input_grad[1]:
             if rows is None or recipe.grad_weight is None:
                 grad_weight = plain(grad_NO.t(), x_codes.t())
             else:
-                right = _restored(x_codes.t(), x_scale.t(), recipe.grad_weight.right)
-                grad_weight = scaled_matmul(rows, right, recipe.grad_weight.accumulator, ctx.dtype)
+                grad_weight = multiply(rows, x_codes.t(), x_scale.t(), recipe.grad_weight, ctx.dtype)
         if biased:
-            grad_bias = (_column_sums(grad_NO) if sums is None else sums).to(ctx.bias_dtype)
+            grad_bias = (column_sums(grad_NO) if sums is None else sums).to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, *(None,) * 9
 
 
-def _gradient_codes(
-    draw: _Draw, grad_NO: Tensor, recipe: Recipe, needed: tuple[bool, bool], sums: bool
+def multiply(
+    left: Quantized, codes: Tensor, scale: Tensor, matmul: Matmul, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """left @ right.T (+ bias) as a recipe has that matmul; codes, scale: of right, its right operand."""
+    operand = matmul.right
+    right = Quantized(codes, scale, operand.format, operand.granularity, operand.scaling)
+    return scaled_matmul(left, right, matmul.accumulator, dtype, bias)
+
+
+def gradient_codes(
+    draw: Draw, grad_NO: Tensor, recipe: Recipe, needed: tuple[bool, bool], sums: bool
 ) -> tuple[Quantized | None, Quantized | None, Tensor | None]:
     """The gradient as the left operand of grad_input [N, O] and of grad_weight [O, N], None for what is not needed or not
     in few bits: from one reading where both want the same codes, maybe with the sums of its columns."""
@@ -222,13 +229,13 @@ def _gradient_codes(
     return left, rows, None
 
 
-def _column_sums(x: Tensor) -> Tensor:
+def column_sums(x: Tensor) -> Tensor:
     """Sums over the rows of a matrix, in fp32 or wider."""
     twin = fused(x)
     return widen(x).sum(0) if twin is None else twin.column_sums(x)
 
 
-class _Draw(NamedTuple):
+class Draw(NamedTuple):
     """What quantizing an operand draws from beside the operand: random numbers, and the maxima of earlier steps."""
 
     key: Tensor | None
@@ -246,41 +253,56 @@ class _Draw(NamedTuple):
         early, scale = self._scales(x, operand, site, role)
         return Quantized(encode(x, early, *how), scale, operand.format, operand.granularity, operand.scaling)
 
-    def both(self, x: Tensor, operand: Operand, site: str, role: int, sums: bool = False) -> Both:
-        """`quantized` with its transpose, for operands that two matmuls share; sums: see `quantize_both`."""
+    def both(
+        self, x: Tensor, operand: Operand, site: str, role: int, sums: bool = False, amax: Tensor | None = None
+    ) -> Both:
+        """`quantized` with its transpose, for operands that two matmuls share; sums, amax: see `quantize_both`."""
         how = (operand.format, operand.granularity, operand.rounding, self._seed(site), operand.scaling)
         if operand.scaling not in ("delayed", "unit"):
-            return quantize_both(x, *how, sums)
-        early, scale = self._scales(x, operand, site, role)
+            return quantize_both(x, *how, sums, amax)
+        early, scale = self._scales(x, operand, site, role, amax)
         matrix, transpose, found = encode_both(x, early, *how, sums, self.known)
         return Both(replace(matrix, scale=scale), replace(transpose, scale=scale.t()), found)
 
     def _seed(self, site: str) -> Key:
         return 0 if self.key is None else self.key ^ _SITES[site]
 
-    def _scales(self, x: Tensor, operand: Operand, site: str, role: int) -> tuple[Tensor, Tensor]:
+    def _scales(
+        self, x: Tensor, operand: Operand, site: str, role: int, amax: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The scale under which an operand is encoded that is not scaled by its own maximum, noting that one; and the scale of
         its codes: the same, but NaN where x is not finite, because saturating must not hide an infinity.
 
         Where it is `known` that there is an earlier maximum, the first does not depend on x.
         """
-        amax = block_amax(x, operand.granularity)
+        amax = block_amax(x, operand.granularity) if amax is None else amax
         if operand.scaling == "unit":
             contraction = max(1, x.shape[1 - (site == "grad_input")])
             scale = torch.full_like(amax, 2.0 ** round(-0.5 * math.log2(contraction)) if role == WEIGHT else 1.0)
         elif self.scales is None or self.maxima is None:
             scale = power_of_two_scale(amax, operand.format.max)
         else:
-            self.maxima[role] = torch.maximum(self.maxima[role], amax.view(()))
-            scale = power_of_two_scale(self.scales[role].view(1, 1), operand.format.max)
+            self.note(amax, role)
+            scale = self.early(operand, role)
             if not self.known:  # nothing is before the first step
                 scale = torch.where(self.scales[role] > 0, scale, power_of_two_scale(amax, operand.format.max))
         honest = torch.where(amax.isfinite(), scale, math.nan)
         return scale if self.known else honest, honest
 
+    def early(self, operand: Operand, role: int) -> Tensor:
+        """The delayed scale of a role, of the maxima of the steps before: fp32 [1, 1]."""
+        assert self.scales is not None
+        return power_of_two_scale(self.scales[role].view(1, 1), operand.format.max)
 
-def _restored(codes: Tensor, scale: Tensor, operand: Operand) -> Quantized:
-    return Quantized(codes, scale, operand.format, operand.granularity, operand.scaling)
+    def note(self, amax: Tensor, role: int) -> None:
+        """Notes a maximum of this step, where scales are delayed."""
+        if self.maxima is not None:
+            self.maxima[role] = torch.maximum(self.maxima[role], amax.view(()))
+
+    def copy_note(self, other: Draw, role: int) -> None:
+        """Notes what another layer has noted of an operand that is the same."""
+        if self.maxima is not None and other.maxima is not None:
+            self.maxima[role] = torch.maximum(self.maxima[role], other.maxima[role])
 
 
 def plain(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -311,7 +333,7 @@ def held_weights(model: nn.Module) -> Iterator[None]:
             store.end()
     finally:
         for layer in layers:
-            layer.held = None
+            layer.held, layer.chained = None, False
 
 
 @torch.no_grad()
@@ -336,8 +358,9 @@ def _hold_all(layers: Sequence[Any]) -> None:
         if store is not None:
             noted = store.maxima[:, WEIGHT]
             noted.copy_(torch.maximum(noted, amax))
+        chained = chains(recipe) and activation_execution(group[0].weight.device).value == "kernel"
         for layer, (codes, codes_t, scale) in zip(group, held, strict=True):
-            layer.held = HeldWeight(codes, scale, codes_t, scale)
+            layer.held, layer.chained = HeldWeight(codes, scale, codes_t, scale), chained
 
 
 def together(layer: Any) -> bool:
@@ -346,6 +369,16 @@ def together(layer: Any) -> bool:
     if layer.fake or operand is None or not weight.is_contiguous():
         return False
     return in_layouts(weight, operand.format, operand.granularity, operand.rounding, operand.scaling)
+
+
+@cache
+def chains(text: str) -> bool:
+    """Whether two matmuls share the codes of every operand, for layers whose weights are quantized `together`: what makes an
+    activation or gradient for them may then hand over its maximum, or codes instead of values."""
+    recipe = recipe_of(text)
+    ways = {(o.scaling, o.rounding, o.granularity, o.format.bits, o.format.kind) for o in recipe.operands}
+    fitting = [{(scaling, "nearest-even", Granularity(), 8, "float")} for scaling in ("power-of-two", "delayed")]
+    return ways in fitting and shared_weight(recipe) and shared_activation(recipe) and shared_gradient(recipe)
 
 
 @cache
