@@ -153,6 +153,8 @@ def test_steps_by_the_kernels_are_those_of_the_definition(precision, monkeypatch
     same steps, histories and weights bit for bit."""
     config = ModelConfig(vocab_size=61, context=16, n_layer=2, n_head=2, n_embd=64, norm="rmsnorm", bias=False)
     ends = []
+    activations = Choice("definition", "a test of their codes alone")
+    monkeypatch.setitem(dispatch._choices, ("activations between low-bit layers", "cpu"), activations)
     for choice in ("definition", "kernel"):
         monkeypatch.setitem(dispatch._choices, ("both layouts of fp8 codes", "cpu"), Choice(choice, "a test"))
         model = fewbits.prepare(Transformer(config), precision)
