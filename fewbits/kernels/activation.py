@@ -82,8 +82,8 @@ def _activate(name: str, inputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     kernel: Any = activate_kernel if _interpreted(activate_kernel) else wrap_triton(activate_kernel)
     n = a.numel()
     kernel[(-(-n // _BLOCK),)](
-        a, inputs[min(1, takes - 1)], inputs[-1], first, second if makes > 1 else first, amax, n,
-        KIND=name, INPUTS=takes, PAIR=makes > 1, BLOCK=_BLOCK, num_warps=8,
+        a, inputs[min(1, takes - 1)], inputs[-1], first, second if makes > 1 else a, amax, n,
+        GATED=name.startswith("swiglu"), BACKWARD=name.endswith("backward"), BLOCK=_BLOCK, num_warps=8,
     )  # fmt: skip
     return first, second, amax
 
@@ -109,7 +109,7 @@ def _activate_both(
     kernel[(down * across,)](
         a, inputs[min(1, takes - 1)], inputs[-1], scales[0], scales[last], codes, codes_t, parts if sums else scales[0],
         amax, R, C, across, last * R * C, last * down * C,
-        mantissa=mantissa, lowest=lowest, limit=limit, KIND=name, INPUTS=takes, PAIR=makes > 1, SUMS=sums, BM=BM, BN=BN,
-        NATIVE=a.is_cuda, num_warps=8,
+        mantissa=mantissa, lowest=lowest, limit=limit, GATED=name.startswith("swiglu"),
+        BACKWARD=name.endswith("backward"), SUMS=sums, BM=BM, BN=BN, NATIVE=a.is_cuda, num_warps=8,
     )  # fmt: skip
     return codes, codes_t, parts, amax

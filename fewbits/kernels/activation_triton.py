@@ -20,7 +20,7 @@ from fewbits.kernels.quantize_triton import _fp8, _inverse_power, _load, _store_
 
 @jit
 def activate_kernel(
-    a, b, c, first, second, amax, n, KIND: tl.constexpr, INPUTS: tl.constexpr, PAIR: tl.constexpr, BLOCK: tl.constexpr,
+    a, b, c, first, second, amax, n, GATED: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What `_activation` makes of a, b and c, n elements each, rounded to their dtype; amax: int32 bits of fp32 starting from
     0, raised to the largest magnitude of what was written, one number for each result."""
@@ -29,15 +29,15 @@ def activate_kernel(
     x = tl.load(a + at, mask=mask, other=0.0).to(tl.float32)
     y = x
     z = x
-    if INPUTS > 1:
+    if GATED or BACKWARD:
         y = tl.load(b + at, mask=mask, other=0.0).to(tl.float32)
-    if INPUTS > 2:
+    if GATED and BACKWARD:
         z = tl.load(c + at, mask=mask, other=0.0).to(tl.float32)
-    one, two = _activation(x, y, z, KIND)
+    one, two = _activation(x, y, z, GATED, BACKWARD)
     one = one.to(first.dtype.element_ty)
     tl.store(first + at, one, mask=mask)
     tl.atomic_max(amax, tl.max(_magnitude(one.to(tl.float32)), axis=0))
-    if PAIR:
+    if GATED and BACKWARD:
         two = two.to(first.dtype.element_ty)
         tl.store(second + at, two, mask=mask)
         tl.atomic_max(amax + 1, tl.max(_magnitude(two.to(tl.float32)), axis=0))
@@ -46,8 +46,8 @@ def activate_kernel(
 @jit
 def activate_both_kernel(
     a, b, c, scale, scale_2, codes, codes_t, sums, amax, R, C, tiles_c, next_codes, next_sums,
-    mantissa: tl.constexpr, lowest: tl.constexpr, limit: tl.constexpr, KIND: tl.constexpr, INPUTS: tl.constexpr,
-    PAIR: tl.constexpr, SUMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NATIVE: tl.constexpr,
+    mantissa: tl.constexpr, lowest: tl.constexpr, limit: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr,
+    SUMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """`activate_kernel` under scales known before, matrices [R, C] row by row: instead of the values their fp8 codes in both
     layouts, and for SUMS the sums of the columns of every BM rows, fp32 [tiles down, C]. The second result lies next_codes and
@@ -58,15 +58,15 @@ def activate_both_kernel(
     x = _load(a, r0, c0, R, C, C, 1, BM, BN)
     y = x
     z = x
-    if INPUTS > 1:
+    if GATED or BACKWARD:
         y = _load(b, r0, c0, R, C, C, 1, BM, BN)
-    if INPUTS > 2:
+    if GATED and BACKWARD:
         z = _load(c, r0, c0, R, C, C, 1, BM, BN)
-    one, two = _activation(x, y, z, KIND)
+    one, two = _activation(x, y, z, GATED, BACKWARD)
     place = (program // tiles_c) * C
     one = one.to(a.dtype.element_ty).to(tl.float32)
     _give(one, scale, codes, codes_t, sums + place, amax, r0, c0, R, C, mantissa, lowest, limit, SUMS, BM, BN, NATIVE)
-    if PAIR:
+    if GATED and BACKWARD:
         two = two.to(a.dtype.element_ty).to(tl.float32)
         _give(
             two, scale_2, codes + next_codes, codes_t + next_codes, sums + next_sums + place, amax + 1, r0, c0, R, C,
@@ -94,23 +94,25 @@ def _magnitude(x):
 
 
 @jit
-def _activation(a, b, c, KIND: tl.constexpr):
-    """The one or two results of the function of that name in numerics/activation.py, in fp32; zeros give zeros."""
-    if KIND == "gelu":
+def _activation(a, b, c, GATED: tl.constexpr, BACKWARD: tl.constexpr):
+    """The one result of gelu, gelu_backward or swiglu, or the two of swiglu_backward (numerics/activation.py), in fp32; zeros
+    give zeros."""
+    if GATED:
+        if BACKWARD:
+            s = _sigmoid(b)
+            one = a * c * (s * (1.0 + b * (1.0 - s)))
+            two = a * (b * s)
+        else:
+            one = a * _sigmoid(a) * b
+            two = one
+    elif BACKWARD:
+        _, slope = _gelu_parts(b)
+        one = a * slope
+        two = one
+    else:
         s, _ = _gelu_parts(a)
         one = a * s
         two = one
-    elif KIND == "gelu_backward":
-        s, slope = _gelu_parts(b)
-        one = a * slope
-        two = one
-    elif KIND == "swiglu":
-        one = a * _sigmoid(a) * b
-        two = one
-    else:
-        s = _sigmoid(b)
-        one = a * c * (s * (1.0 + b * (1.0 - s)))
-        two = a * (b * s)
     return one, two
 
 
