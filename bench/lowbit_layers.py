@@ -4,10 +4,13 @@
     OUT=/tmp/out python bench/lowbit_layers.py --only check,hold,layers
     python bench/lowbit_layers.py --smoke                              # tiny shapes, any machine, writes nothing
 
+    OUT=/tmp/out python bench/lowbit_layers.py --only mlps             # feed-forward layers, and the kernels of each
+
 Paths: "kernel" writes both layouts of the codes in one reading, "definition" leaves quantization to the compiler and the
-weights to be quantized one by one (`layouts_execution`). A layer is timed forward and backward, compiled together with
-what makes its input (a norm, GELU, SwiGLU), between CUDA events and behind a sleep, so that the host does not show. A step
-is timed both waited for one by one and enqueued ahead. Writes OUT/lowbit_layers-PARTS.json; what fails is noted there.
+weights to be quantized one by one (`layouts_execution`). "layered" leaves GELU and SwiGLU to the compiler, where "kernel"
+has them hand over their maximum or codes (`activation_execution`). A layer is timed forward and backward, compiled together
+with what makes its input (a norm, GELU, SwiGLU), between CUDA events and behind a sleep, so that the host does not show. A
+step is timed both waited for one by one and enqueued ahead. Writes OUT/lowbit_layers-PARTS.json; what fails is noted there.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from fewbits.choice import Choice
 from fewbits.formats import Format
 from fewbits.kernels import dispatch, layouts
 from fewbits.nn.lowbit import held_weights
+from fewbits.nn.transformer import MLP
 from fewbits.numerics import quantize as definition
 from fewbits.numerics.activation import gelu
 from fewbits.numerics.scaling import Granularity
@@ -46,9 +50,16 @@ LAYERS = {  # name -> (tokens, contraction K, outputs O, bias, producer), in the
     "llama output": (16384, 2048, 2048, False, "none"),
 }
 SMOKE = {"smoke down": (256, 128, 64, True, "gelu"), "smoke up": (256, 64, 128, False, "swiglu")}
+FEED_FORWARDS = {  # name -> (tokens, width, inner width, activation)
+    "gpt2 mlp": (32768, 768, 3072, "gelu"),
+    "llama mlp": (16384, 2048, 5632, "swiglu"),
+}
+SMOKE_FEED_FORWARDS = {"smoke gelu": (256, 64, 128, "gelu"), "smoke swiglu": (256, 64, 128, "swiglu")}
 PATHS = {  # name -> (precision, path)
     "bf16": ("bf16-mixed", "kernel"),
     "fp8 definition": ("fp8", "definition"),
+    "fp8 layered": ("fp8", "layered"),
+    "fp8-delayed layered": ("fp8-delayed", "layered"),
     "fp8": ("fp8", "kernel"),
     "fp8-delayed": ("fp8-delayed", "kernel"),
     "fp8-row": ("fp8-row", "kernel"),
@@ -60,9 +71,11 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 def take(path: str) -> None:
     """Forces the path of what is compiled from now on; "kernel" is the choice of dispatch itself."""
     torch._dynamo.reset()
-    dispatch._choices.pop(("both layouts of fp8 codes", DEVICE.type), None)
-    if path == "definition":
-        dispatch.replay({f"both layouts of fp8 codes on {DEVICE.type}": [path, "asked for by a bench"]})
+    forced = {"definition": "both layouts of fp8 codes", "layered": "activations between low-bit layers"}
+    for what in forced.values():
+        dispatch._choices.pop((what, DEVICE.type), None)
+    if path in forced:
+        dispatch.replay({f"{forced[path]} on {DEVICE.type}": ["definition", "asked for by a bench"]})
 
 
 class Layer(torch.nn.Module):
@@ -144,6 +157,63 @@ def layer_ms(precision: str, path: str, shape: tuple[int, int, int, bool, str], 
         return median_ms(make, CUDA, rounds)
 
 
+def mlp_row(precision: str, path: str, shape: tuple[int, int, int, str], options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of forward and backward of a feed-forward layer, and the kernels of one call but for its matmuls."""
+    take(path)
+    tokens, width, inner, activation = shape
+    config = fewbits.ModelConfig(
+        vocab_size=64, context=16, n_layer=1, n_head=2, n_embd=width, n_ff=inner, activation=activation,
+        bias=activation == "gelu",
+    )  # fmt: skip
+    model = fewbits.prepare(Alone(MLP(config)), precision).to(DEVICE)
+    run = torch.compile(model.mlp, dynamic=False) if CUDA else model.mlp
+    leaves = [torch.randn(tokens, width, device=DEVICE).bfloat16().requires_grad_() for _ in range(COPIES)]
+    grads = [(torch.randn(tokens, width, device=DEVICE) * 1e-3).bfloat16() for _ in range(COPIES)]
+
+    def make(i: int) -> Callable[[], Any]:
+        def call() -> None:
+            leaves[i].grad = None
+            model.zero_grad(set_to_none=True)
+            run(leaves[i]).backward(grads[i])
+
+        return call
+
+    for _ in range(3):  # delayed scales look back, and are known to after two steps
+        with held_weights(model):
+            make(0)()
+    with held_weights(model):
+        row: dict[str, Any] = {"ms": round(median_ms(make, CUDA, options.rounds), 4)}
+        if CUDA:
+            top = kernels(make(0), 24)["top"]
+            row["kernels"] = {name: found for name, found in top.items() if "nvjet" not in name and "gemm" not in name}
+    return row
+
+
+class Alone(torch.nn.Module):
+    """A feed-forward layer as a model."""
+
+    def __init__(self, mlp: MLP):
+        super().__init__()
+        self.mlp = mlp
+
+
+def mlps(options: argparse.Namespace, left: Callable[[], float]) -> dict[str, Any]:
+    """Every feed-forward layer by every path, as long as there is time."""
+    rows: dict[str, Any] = {}
+    names = ("bf16", "fp8 layered", "fp8", "fp8-delayed layered", "fp8-delayed")
+    for name, shape in (SMOKE_FEED_FORWARDS if options.smoke else FEED_FORWARDS).items():
+        row = rows[name] = {}
+        for path in names:
+            if left() < 15 and not options.smoke:
+                print(f"{name} {path}: not timed, the time is over", flush=True)
+                continue
+            row[path] = attempt(lambda p=path, s=shape: mlp_row(*PATHS[p], s, options))
+            print(f"{name:12} {path:20}", row[path] if isinstance(row[path], str) else row[path]["ms"], flush=True)
+            for kernel, (ms, count) in (row[path].get("kernels", {}) if isinstance(row[path], dict) else {}).items():
+                print(f"  {ms:8.3f} ms {count:4.0f} x  {kernel}", flush=True)
+    return rows
+
+
 def layers(options: argparse.Namespace, left: Callable[[], float]) -> dict[str, Any]:
     """Every layer by every path, as long as there is time."""
     rows: dict[str, Any] = {}
@@ -153,6 +223,8 @@ def layers(options: argparse.Namespace, left: Callable[[], float]) -> dict[str, 
             continue
         row: dict[str, Any] = {}
         for path, (precision, kind) in PATHS.items():
+            if kind == "layered":  # one layer has nothing to hand over to
+                continue
             row[path] = attempt(lambda p=precision, k=kind, s=shape: round(layer_ms(p, k, s, options.rounds), 4))
         rows[name] = row
         print(f"{name:14}", "  ".join(f"{path} {ms}" for path, ms in row.items()), flush=True)
@@ -251,7 +323,7 @@ def attempt(work: Callable[[], Any]) -> Any:
 def steps(options: argparse.Namespace, left: Callable[[], float]) -> dict[str, Any]:
     """Whole steps by every path but rows, as long as there is time."""
     rows: dict[str, Any] = {}
-    order = ("fp8", "bf16", "fp8-delayed", "fp8 definition")
+    order = ("fp8", "bf16", "fp8-delayed", "fp8 layered", "fp8-delayed layered", "fp8 definition")
     for name in (n for n in order if n in options.steps.split(",")):
         if left() < 20 and not options.smoke:
             print(f"step {name}: not timed, the time is over", flush=True)
@@ -297,7 +369,7 @@ def main() -> None:
             results[part] = {p: attempt(lambda v=v: hold_ms(*v, options.smoke)) for p, v in cases.items()}
             print("hold", results[part], flush=True)
         else:
-            results[part] = {"steps": steps, "layers": layers}[part](options, left)
+            results[part] = {"steps": steps, "layers": layers, "mlps": mlps}[part](options, left)
         results["seconds"] = round(time.perf_counter() - started, 1)
         results["choices"] = {key: list(Choice(*value)) for key, value in dispatch.recorded().items()}
         if not options.smoke:

@@ -18,7 +18,8 @@ from fewbits.errors import FewbitsError
 from fewbits.graph import StepGraph, graph_choice
 from fewbits.kernels.heap import keep_freed_memory
 from fewbits.nn.emulate import emulation, needed
-from fewbits.nn.lowbit import held_weights, load_scale_history, scale_history
+from fewbits.nn.lowbit import held_weights
+from fewbits.nn.scale_history import load_scale_history, scale_history, scales_known
 from fewbits.nn.transformer import Transformer
 from fewbits.numerics.keys import step_key, step_key_from
 from fewbits.numerics.loss import IGNORE, gradient_factor
@@ -242,7 +243,9 @@ class Step:
             *self.parameters,
             *(state for p in self.parameters for state in _tensors(self.optimizer.state.get(p, {}))),
         ]
-        return [t.data_ptr() for t in tensors], repr(groups), self.clip, self.clip_kind, self.seed, self.model.training
+        addresses = [t.data_ptr() for t in tensors]
+        known = scales_known(self.model)
+        return addresses, repr(groups), self.clip, self.clip_kind, self.seed, self.model.training, known
 
     @torch.no_grad()
     def _accumulate(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fewbits.choice import Choice
 from fewbits.formats import Format
+from fewbits.kernels import activation as activation_twin
 from fewbits.kernels import cpp, fused_cpu, layouts
 from fewbits.kernels import quantize as cuda_twin
 from fewbits.kernels import quantize_cpu as cpu_twin
@@ -175,14 +176,16 @@ def layouts_execution(device: torch.device) -> Choice:
 
 
 def quantize_both(
-    x: Tensor, format: Format, granularity: Granularity, rounding: str, seed: Key, scales: str, sums: bool = False
-) -> Both:
+    x: Tensor, format: Format, granularity: Granularity, rounding: str, seed: Key, scales: str, sums: bool = False,
+    amax: Tensor | None = None,
+) -> Both:  # fmt: skip
     """`quantize` of a matrix and of its transpose in the same codes: each row by row where a kernel makes them, else views of
-    one another. sums: the sums of the columns too, where they come with the reading."""
+    one another. sums: the sums of the columns too, where they come with the reading. amax: the largest magnitude, fp32
+    [1, 1], of one who knows it, where the granularity is that of the tensor."""
     arguments = (x, format, granularity, rounding, seed, scales)
-    if _traced(x):
+    if _traced(x) or amax is not None:
         if in_layouts(x, format, granularity, rounding, scales):
-            scale = scale_of(block_amax(x, granularity), format, scales)
+            scale = scale_of(block_amax(x, granularity) if amax is None else amax, format, scales)
             return _both(x, scale, format, granularity, scales, sums)
     elif x.device.type == "cuda" and _twin(x, format, rounding, scales) is not None:
         return Both(*cuda_twin.quantize_both(*arguments))
@@ -221,6 +224,46 @@ def in_layouts(x: Tensor, format: Format, granularity: Granularity, rounding: st
     plain = type(x) in (Tensor, torch.nn.Parameter) or type(x).__name__ in ("FakeTensor", "FunctionalTensor")
     kernel = plain and layouts_execution(x.device).value == "kernel"
     return kernel and not layouts.why_not(x, format, granularity, rounding, scales)
+
+
+def activation_execution(device: torch.device) -> Choice:
+    """What makes the activations and their gradients between linear layers of few bits: the Triton "kernel", which hands
+    over their largest magnitude or their codes, or the "definition", which a compiler fuses; they agree within fp32."""
+    key = ("activations between low-bit layers", device.type)
+    if key not in _choices:
+        found = layouts_execution(device)
+        reason = "one pass also finds the largest magnitude, at half the time of a compiler's reduction"
+        _choices[key] = found if found.value == "definition" else Choice("kernel", reason)
+    return _choices[key]
+
+
+def activate(name: str, *inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """`activate` of kernels/activation.py, for what `activation_execution` gives to it."""
+    return activation_twin.activate(name, *inputs)
+
+
+def activate_both(
+    name: str,
+    scales: Sequence[Tensor],
+    format: Format,
+    granularity: Granularity,
+    kind: str,
+    sums: bool,
+    *inputs: Tensor,
+) -> list[tuple[Both, Tensor]]:
+    """Each result of an activation as `encode_both` of it under a scale of that kind, and its largest magnitude."""
+    found = activation_twin.activate_both(name, scales, format, sums, *inputs)
+    return [
+        (
+            Both(
+                Quantized(one.codes, scale, format, granularity, kind),
+                Quantized(one.codes_t, scale.t(), format, granularity.transposed(), kind),
+                one.sums,
+            ),
+            one.amax,
+        )
+        for one, scale in zip(found, scales, strict=True)
+    ]
 
 
 def _traced(x: Tensor) -> bool:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from fewbits.kernels.dispatch import emulated
 from fewbits.nn.fake import LEARNED, fake_linear, hold_fake
-from fewbits.nn.lowbit import HeldWeight, ScaleHistory, hold, lowbit_linear, recipe_of
+from fewbits.nn.lowbit import HeldWeight, hold, lowbit_linear, recipe_of
+from fewbits.nn.scale_history import ScaleHistory
 from fewbits.numerics.keys import current_key
 from fewbits.numerics.matmul import emulated_linear
 
@@ -38,6 +39,8 @@ class Linear(nn.Linear):
     """Whether the recipe is one of quantization-aware training."""
     held: HeldWeight | None = None
     """Codes of the weight as long as a step holds it still (see `held_weights`)."""
+    chained: bool = False
+    """Whether what makes its operands may hand over more than values within that step (see `chains`)."""
     history: ScaleHistory | None = None
     """What recipes with delayed scaling look back on."""
 

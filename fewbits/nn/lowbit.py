@@ -7,7 +7,7 @@ codes are never older than the weight. The gradient is quantized once where both
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -16,26 +16,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fewbits.errors import FewbitsError
 from fewbits.kernels.dispatch import (
+    activation_execution,
     emulated,
     encode_both,
     fused,
     in_layouts,
-    layouts_execution,
     quantize,
     quantize_both,
 )
 from fewbits.kernels.layouts import encode_all
 from fewbits.kernels.matmul import scaled_matmul
+from fewbits.nn.scale_history import ACTIVATION, GRADIENT, WEIGHT, ScaleHistory, ScaleStore
 from fewbits.numerics.hadamard import random_hadamard
 from fewbits.numerics.quantize import Both, Key, Quantized, encode
-from fewbits.numerics.scaling import block_amax, power_of_two_scale
+from fewbits.numerics.scaling import Granularity, block_amax, power_of_two_scale
 from fewbits.numerics.wide import widen
-from fewbits.precision.recipe import Operand, Recipe
+from fewbits.precision.recipe import Matmul, Operand, Recipe
 from fewbits.ranges import QUANTIZE, span
 
-ACTIVATION, WEIGHT, GRADIENT = range(3)
 # added to a layer's key, so that each of its operands draws its own numbers; the Hadamard signs of a pair are the same
 _SITES = {"output": 0x1F3, "grad_input": 0x2E5, "grad_weight": 0x4C9, "hadamard": 0x8B7}
 
@@ -89,7 +88,7 @@ def _alike(a: Operand, b: Operand) -> bool:
 @torch.no_grad()
 def hold(weight: Tensor, recipe: Recipe, scales: Tensor | None = None, maxima: Tensor | None = None) -> HeldWeight:
     """The codes of a weight [O, K] for a recipe. scales, maxima: for delayed scaling, see `ScaleHistory`."""
-    weight, draw = weight.detach(), _Draw(None, scales, maxima)
+    weight, draw = weight.detach(), Draw(None, scales, maxima)
     output = back = None
     if recipe.output is not None and shared_weight(recipe):
         output, back, _ = draw.both(weight, recipe.output.right, "output", WEIGHT)
@@ -153,7 +152,7 @@ class _LowBitLinear(torch.autograd.Function):
         known: bool,
     ) -> Tensor:
         recipe = recipe_of(text)
-        draw = _Draw(key, scales, maxima, known)
+        draw = Draw(key, scales, maxima, known)
         x_NK = x.reshape(-1, x.shape[-1])
         left = turned = None
         if recipe.output is not None and ctx.needs_input_grad[1] and shared_activation(recipe):
@@ -163,8 +162,7 @@ class _LowBitLinear(torch.autograd.Function):
         if left is None or output_codes is None or output_scale is None or recipe.output is None:
             y_NO = plain(x_NK, weight, bias)
         else:
-            right = _restored(output_codes, output_scale, recipe.output.right)
-            y_NO = scaled_matmul(left, right, recipe.output.accumulator, weight.dtype, bias)
+            y_NO = multiply(left, output_codes, output_scale, recipe.output, weight.dtype, bias)
         if not ctx.needs_input_grad[1]:
             kept: tuple[Tensor | None, Tensor | None] = (None, None)
         elif recipe.grad_weight is None:
@@ -183,32 +181,39 @@ class _LowBitLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_codes, x_scale, weight, codes, scale, key, scales, maxima = ctx.saved_tensors
-        draw = _Draw(key, scales, maxima, ctx.known)
+        draw = Draw(key, scales, maxima, ctx.known)
         recipe: Recipe = recipe_of(ctx.text)
         grad_NO = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
         biased = ctx.bias_dtype is not None and ctx.needs_input_grad[2]
-        left, rows, sums = _gradient_codes(draw, grad_NO, recipe, ctx.needs_input_grad[:2], biased)
+        left, rows, sums = gradient_codes(draw, grad_NO, recipe, ctx.needs_input_grad[:2], biased)
         if ctx.needs_input_grad[0]:
             if left is None or recipe.grad_input is None:
                 grad_x = plain(grad_NO, weight.t())
             else:
-                right = _restored(codes, scale, recipe.grad_input.right)
-                grad_x = scaled_matmul(left, right, recipe.grad_input.accumulator, ctx.dtype)
+                grad_x = multiply(left, codes, scale, recipe.grad_input, ctx.dtype)
             grad_x = grad_x.view(ctx.shape)
         if ctx.needs_input_grad[1]:
             if rows is None or recipe.grad_weight is None:
                 grad_weight = plain(grad_NO.t(), x_codes.t())
             else:
-                right = _restored(x_codes.t(), x_scale.t(), recipe.grad_weight.right)
-                grad_weight = scaled_matmul(rows, right, recipe.grad_weight.accumulator, ctx.dtype)
+                grad_weight = multiply(rows, x_codes.t(), x_scale.t(), recipe.grad_weight, ctx.dtype)
         if biased:
-            grad_bias = (_column_sums(grad_NO) if sums is None else sums).to(ctx.bias_dtype)
+            grad_bias = (column_sums(grad_NO) if sums is None else sums).to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, *(None,) * 9
 
 
-def _gradient_codes(
-    draw: _Draw, grad_NO: Tensor, recipe: Recipe, needed: tuple[bool, bool], sums: bool
+def multiply(
+    left: Quantized, codes: Tensor, scale: Tensor, matmul: Matmul, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """left @ right.T (+ bias) as a recipe has that matmul; codes, scale: of right, its right operand."""
+    operand = matmul.right
+    right = Quantized(codes, scale, operand.format, operand.granularity, operand.scaling)
+    return scaled_matmul(left, right, matmul.accumulator, dtype, bias)
+
+
+def gradient_codes(
+    draw: Draw, grad_NO: Tensor, recipe: Recipe, needed: tuple[bool, bool], sums: bool
 ) -> tuple[Quantized | None, Quantized | None, Tensor | None]:
     """The gradient as the left operand of grad_input [N, O] and of grad_weight [O, N], None for what is not needed or not
     in few bits: from one reading where both want the same codes, maybe with the sums of its columns."""
@@ -224,13 +229,13 @@ def _gradient_codes(
     return left, rows, None
 
 
-def _column_sums(x: Tensor) -> Tensor:
+def column_sums(x: Tensor) -> Tensor:
     """Sums over the rows of a matrix, in fp32 or wider."""
     twin = fused(x)
     return widen(x).sum(0) if twin is None else twin.column_sums(x)
 
 
-class _Draw(NamedTuple):
+class Draw(NamedTuple):
     """What quantizing an operand draws from beside the operand: random numbers, and the maxima of earlier steps."""
 
     key: Tensor | None
@@ -248,138 +253,56 @@ class _Draw(NamedTuple):
         early, scale = self._scales(x, operand, site, role)
         return Quantized(encode(x, early, *how), scale, operand.format, operand.granularity, operand.scaling)
 
-    def both(self, x: Tensor, operand: Operand, site: str, role: int, sums: bool = False) -> Both:
-        """`quantized` with its transpose, for operands that two matmuls share; sums: see `quantize_both`."""
+    def both(
+        self, x: Tensor, operand: Operand, site: str, role: int, sums: bool = False, amax: Tensor | None = None
+    ) -> Both:
+        """`quantized` with its transpose, for operands that two matmuls share; sums, amax: see `quantize_both`."""
         how = (operand.format, operand.granularity, operand.rounding, self._seed(site), operand.scaling)
         if operand.scaling not in ("delayed", "unit"):
-            return quantize_both(x, *how, sums)
-        early, scale = self._scales(x, operand, site, role)
+            return quantize_both(x, *how, sums, amax)
+        early, scale = self._scales(x, operand, site, role, amax)
         matrix, transpose, found = encode_both(x, early, *how, sums, self.known)
         return Both(replace(matrix, scale=scale), replace(transpose, scale=scale.t()), found)
 
     def _seed(self, site: str) -> Key:
         return 0 if self.key is None else self.key ^ _SITES[site]
 
-    def _scales(self, x: Tensor, operand: Operand, site: str, role: int) -> tuple[Tensor, Tensor]:
+    def _scales(
+        self, x: Tensor, operand: Operand, site: str, role: int, amax: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The scale under which an operand is encoded that is not scaled by its own maximum, noting that one; and the scale of
         its codes: the same, but NaN where x is not finite, because saturating must not hide an infinity.
 
         Where it is `known` that there is an earlier maximum, the first does not depend on x.
         """
-        amax = block_amax(x, operand.granularity)
+        amax = block_amax(x, operand.granularity) if amax is None else amax
         if operand.scaling == "unit":
             contraction = max(1, x.shape[1 - (site == "grad_input")])
             scale = torch.full_like(amax, 2.0 ** round(-0.5 * math.log2(contraction)) if role == WEIGHT else 1.0)
         elif self.scales is None or self.maxima is None:
             scale = power_of_two_scale(amax, operand.format.max)
         else:
-            self.maxima[role] = torch.maximum(self.maxima[role], amax.view(()))
-            scale = power_of_two_scale(self.scales[role].view(1, 1), operand.format.max)
+            self.note(amax, role)
+            scale = self.early(operand, role)
             if not self.known:  # nothing is before the first step
                 scale = torch.where(self.scales[role] > 0, scale, power_of_two_scale(amax, operand.format.max))
         honest = torch.where(amax.isfinite(), scale, math.nan)
         return scale if self.known else honest, honest
 
+    def early(self, operand: Operand, role: int) -> Tensor:
+        """The delayed scale of a role, of the maxima of the steps before: fp32 [1, 1]."""
+        assert self.scales is not None
+        return power_of_two_scale(self.scales[role].view(1, 1), operand.format.max)
 
-class ScaleHistory:
-    """Delayed scaling: the largest magnitudes of a layer's activation, weight and gradient over the last steps.
+    def note(self, amax: Tensor, role: int) -> None:
+        """Notes a maximum of this step, where scales are delayed."""
+        if self.maxima is not None:
+            self.maxima[role] = torch.maximum(self.maxima[role], amax.view(()))
 
-    Within a step, operands are scaled by the largest of the steps before it and the maxima of this one are noted (NVIDIA's
-    delayed scaling, as in Micikevicius et al. 2022). window: fp32 [3, steps], newest last; largest and maxima: fp32 [3].
-    From the first step on, all three lie in the tensors of a `ScaleStore`, which says when all of its largest are `known` to
-    be there: compiled layers then write codes as they go, and need no look at the whole tensor first.
-    """
-
-    STEPS = 16
-
-    def __init__(self, window: Tensor | None = None) -> None:
-        self.window = torch.zeros(3, self.STEPS) if window is None else window
-        self.largest = torch.zeros(3)
-        self.maxima = torch.zeros(3)
-        self.known = False
-        self.store: ScaleStore | None = None
-
-    def __reduce__(self) -> tuple[type[ScaleHistory], tuple[Tensor]]:
-        return ScaleHistory, (self.window.clone(),)  # a copy of a layer looks back on its own
-
-
-class ScaleStore:
-    """The histories of many layers in one tensor a kind, so that a step begins and ends in a handful of launches for all of
-    them: fp32 window [layers, 3, steps], largest and maxima [layers, 4] (16 bytes from one layer to the next, without
-    which a compiled graph would copy them; the fourth number is not used)."""
-
-    def __init__(self, histories: list[ScaleHistory], device: torch.device) -> None:
-        self.histories = histories
-        self.window = torch.stack([history.window.to(device) for history in histories])
-        self.largest, self.maxima = torch.zeros(2, len(histories), 4, device=device)
-        for i, history in enumerate(histories):
-            history.store, history.window = self, self.window[i]
-            # .data counts changes of its own: autograd keeps maxima, and another layer's note is no change of this one's
-            history.largest, history.maxima = self.largest[i, :3].data, self.maxima[i, :3].data
-        self._watching = layouts_execution(device).value == "kernel"  # others gain nothing by it
-        self._watched: list[tuple[Tensor, torch.cuda.Event | None]] = []
-
-    @staticmethod
-    def of(histories: list[ScaleHistory], device: torch.device) -> ScaleStore:
-        """The store of these histories in this order on `device`: the one they have, or a new one with their windows."""
-        store = histories[0].store
-        strange = any(history.store is not store for history in histories)  # one may have moved on to another store
-        if store is None or strange or store.window.device != device or store.histories != histories:
-            store = ScaleStore(histories, device)
-        return store
-
-    def begin(self) -> None:
-        """A step begins: its scales come from the windows."""
-        self.largest[:, :3].copy_(self.window.amax(2))
-        self.maxima.zero_()
-        if self._watching and not self._recording():  # what is recorded goes on with what the step before it knew
-            if not self._watched:
-                self._watch(self.window[:, :, :-1])
-                self._watch(self.window)
-            known = self._seen()
-            for history in self.histories:
-                history.known = known
-
-    def end(self) -> None:
-        """A step is over: its maxima join the windows, but for those that are not finite."""
-        finite = torch.where(self.maxima.isfinite(), self.maxima, self.largest)[:, :3]
-        self.window.copy_(torch.cat((self.window[:, :, 1:], finite.unsqueeze(2)), 2))
-        if self._recording():
-            self.forget()
-        elif self._watched:
-            del self._watched[0]
-            self._watch(self.window)
-
-    def forget(self) -> None:
-        """The windows have changed, or will by a replay: what is known is to be found in them anew."""
-        self._watched.clear()
-
-    def _recording(self) -> bool:
-        return self.window.is_cuda and torch.cuda.is_current_stream_capturing()
-
-    def _watch(self, window: Tensor) -> None:
-        """Sends for whether every role of every layer has a maximum among the newest of the window (so that it will have one
-        for some steps more), without waiting."""
-        found = (window[:, :, -(ScaleHistory.STEPS // 2) :].amax(2) > 0).all()
-        if not found.is_cuda:
-            self._watched.append((found, None))
-            return
-        flag, event = torch.empty((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
-        flag.copy_(found, non_blocking=True)
-        event.record()
-        self._watched.append((flag, event))
-
-    def _seen(self) -> bool:
-        """What was found at the end of the step before the last: always of that one, so that a run repeats, also a resumed
-        one, which finds it in the window that it loads. It has long arrived, unless the host is two steps ahead."""
-        flag, event = self._watched[0]
-        if event is not None:
-            event.synchronize()
-        return bool(flag)
-
-
-def _restored(codes: Tensor, scale: Tensor, operand: Operand) -> Quantized:
-    return Quantized(codes, scale, operand.format, operand.granularity, operand.scaling)
+    def copy_note(self, other: Draw, role: int) -> None:
+        """Notes what another layer has noted of an operand that is the same."""
+        if self.maxima is not None and other.maxima is not None:
+            self.maxima[role] = torch.maximum(self.maxima[role], other.maxima[role])
 
 
 def plain(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -410,7 +333,7 @@ def held_weights(model: nn.Module) -> Iterator[None]:
             store.end()
     finally:
         for layer in layers:
-            layer.held = None
+            layer.held, layer.chained = None, False
 
 
 @torch.no_grad()
@@ -435,8 +358,9 @@ def _hold_all(layers: Sequence[Any]) -> None:
         if store is not None:
             noted = store.maxima[:, WEIGHT]
             noted.copy_(torch.maximum(noted, amax))
+        chained = chains(recipe) and activation_execution(group[0].weight.device).value == "kernel"
         for layer, (codes, codes_t, scale) in zip(group, held, strict=True):
-            layer.held = HeldWeight(codes, scale, codes_t, scale)
+            layer.held, layer.chained = HeldWeight(codes, scale, codes_t, scale), chained
 
 
 def together(layer: Any) -> bool:
@@ -448,32 +372,19 @@ def together(layer: Any) -> bool:
 
 
 @cache
+def chains(text: str) -> bool:
+    """Whether two matmuls share the codes of every operand, for layers whose weights are quantized `together`: what makes an
+    activation or gradient for them may then hand over its maximum, or codes instead of values."""
+    recipe = recipe_of(text)
+    ways = {(o.scaling, o.rounding, o.granularity, o.format.bits, o.format.kind) for o in recipe.operands}
+    fitting = [{(scaling, "nearest-even", Granularity(), 8, "float")} for scaling in ("power-of-two", "delayed")]
+    return ways in fitting and shared_weight(recipe) and shared_activation(recipe) and shared_gradient(recipe)
+
+
+@cache
 def _shared_operand(text: str) -> Operand | None:
     """The weight as both of its matmuls take it, by a recipe; None where they differ, or its scale hangs on its shape."""
     recipe = recipe_of(text)
     if recipe.output is None or not shared_weight(recipe) or recipe.output.right.scaling == "unit":
         return None
     return recipe.output.right
-
-
-def scale_history(model: nn.Module) -> dict[str, list[list[float]]]:
-    """The windows of all layers with delayed scaling by name, as plain numbers (exact: fp32 in Python's floats)."""
-    return {
-        name: module.history.window.tolist()
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "history", None), ScaleHistory)
-    }
-
-
-def load_scale_history(model: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Restores what `scale_history` gave. Raises FewbitsError where it is of another model."""
-    for name, module in model.named_modules():
-        history = getattr(module, "history", None)
-        if isinstance(history, ScaleHistory):
-            if name not in saved:
-                raise FewbitsError(
-                    f"the saved state has no scale history of {name}; resume with the model that wrote it."
-                )
-            history.window.copy_(torch.tensor(saved[name]))
-            if history.store is not None:
-                history.store.forget()

@@ -27,9 +27,11 @@ from fewbits.nn.embedding import Embedding
 from fewbits.nn.emulate import emulation, needed
 from fewbits.nn.fake import LEARNED, fake_linear, first_log_scale
 from fewbits.nn.linear import Linear
-from fewbits.nn.lowbit import ScaleHistory, let_compilers_in, lowbit_linear, recipe_of
+from fewbits.nn.lowbit import let_compilers_in, lowbit_linear, recipe_of
+from fewbits.nn.mlp import lowbit_mlp
 from fewbits.nn.norm import LayerNorm, RMSNorm
 from fewbits.nn.packed import refuse_packed
+from fewbits.nn.scale_history import ScaleHistory
 from fewbits.nn.transformer import Transformer
 from fewbits.numerics.random import mix_key
 from fewbits.numerics.update import join_master, round_away, split_master
@@ -130,7 +132,8 @@ def prepare(
         model.tf32 = precision.operand.name == "tf32"
         model.logits = precision.logits
     if precision.recipe:
-        let_compilers_in(fake_linear if precision.recipe.fake else lowbit_linear)
+        for function in (fake_linear,) if precision.recipe.fake else (lowbit_linear, lowbit_mlp):
+            let_compilers_in(function)
     undo.hooks.append(model.register_forward_pre_hook(_cast_inputs(precision.working), with_kwargs=True))
     if report.foreign and precision.working.bits == 16:
         undo.hooks += _emulate_around(model)

@@ -16,6 +16,7 @@ from fewbits.nn.attention import Attention, document_mask, rotary_table
 from fewbits.nn.embedding import Embedding
 from fewbits.nn.head import compiled_pieces, loss_sum
 from fewbits.nn.linear import FORMAT_OF, Linear, linear
+from fewbits.nn.mlp import mlp, together
 from fewbits.nn.norm import LayerNorm, RMSNorm
 from fewbits.numerics.activation import gelu
 from fewbits.numerics.loss import Pieces
@@ -158,6 +159,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
+        layers = (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
+        if together(layers, x):
+            return mlp(layers, x)
         if self.gate is None:
             up = self.up(x)
             twin = fused(up)

@@ -60,3 +60,37 @@ def gelu(x: Tensor) -> Tensor:
     if x.device.type != "cpu" or x.dtype.itemsize != 2 or torch.compiler.is_compiling():
         return torch.nn.functional.gelu(x, approximate="tanh")
     return _Gelu.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def gelu_wide(x: Tensor) -> Tensor:
+    """`gelu` by the formula above in fp32, rounded once to the dtype of `x`: what kernels/activation.py is held to."""
+    wide = x.float()
+    return (wide * torch.sigmoid(_argument(wide))).to(x.dtype)
+
+
+def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of `gelu` at `x`, in fp32, rounded once to the dtype of `grad`."""
+    wide = x.float()
+    z = _argument(wide)
+    s = torch.sigmoid(z)
+    slope = s + (3 * z - 2 * _K * wide.clamp(-_FAR, _FAR)) * s * (1 - s)
+    return (grad.float() * slope).to(grad.dtype)
+
+
+def _argument(x: Tensor) -> Tensor:
+    near = x.clamp(-_FAR, _FAR)
+    return near * (_K + _C * near * near)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020) in fp32, rounded once to the dtype of `up`."""
+    wide = gate.float()
+    return (wide * torch.sigmoid(wide) * up.float()).to(up.dtype)
+
+
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `swiglu` by gate and by up, each in fp32, rounded once to the dtype of `grad`."""
+    wide, upstream = gate.float(), grad.float()
+    s = torch.sigmoid(wide)
+    by_gate = upstream * up.float() * (s * (1 + wide * (1 - s)))
+    return by_gate.to(grad.dtype), (upstream * (wide * s)).to(grad.dtype)

@@ -33,7 +33,7 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"adam|multi_tensor_apply|update|norm|foreach", OPTIMIZER),
     (r"memcpy|memset|copy|fill|CatArray|transpose|nccl", COPIES),
     (
-        r"elementwise|reduce|index|embedding|gelu|silu|swiglu|dropout|rope|rotary|scatter|gather|arange|distribution|"
+        r"elementwise|activate|reduce|index|embedding|gelu|silu|swiglu|dropout|rope|rotary|scatter|gather|arange|distribution|"
         r"vectorized|sort|scan|where|triu|tril|residual|bias|partial|segment|histogram|sum|add|mul|grad_weight|"
         r"unique|select|cub::|thrust|at::native",
         ELEMENTWISE,

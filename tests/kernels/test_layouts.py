@@ -16,7 +16,8 @@ from fewbits import AdamW, ModelConfig, Step, Transformer
 from fewbits.choice import Choice
 from fewbits.formats import Format
 from fewbits.kernels import dispatch, layouts
-from fewbits.nn.lowbit import held_weights, scale_history
+from fewbits.nn.lowbit import held_weights
+from fewbits.nn.scale_history import scale_history
 from fewbits.numerics import quantize as definition
 from fewbits.numerics.scaling import Granularity, power_of_two_scale
 
@@ -152,6 +153,8 @@ def test_steps_by_the_kernels_are_those_of_the_definition(precision, monkeypatch
     same steps, histories and weights bit for bit."""
     config = ModelConfig(vocab_size=61, context=16, n_layer=2, n_head=2, n_embd=64, norm="rmsnorm", bias=False)
     ends = []
+    activations = Choice("definition", "a test of their codes alone")
+    monkeypatch.setitem(dispatch._choices, ("activations between low-bit layers", "cpu"), activations)
     for choice in ("definition", "kernel"):
         monkeypatch.setitem(dispatch._choices, ("both layouts of fp8 codes", "cpu"), Choice(choice, "a test"))
         model = fewbits.prepare(Transformer(config), precision)

@@ -10,8 +10,11 @@ import torch
 
 import fewbits
 from fewbits import AdamW, ModelConfig, Step, Transformer
+from fewbits.choice import Choice
+from fewbits.kernels import dispatch
 from fewbits.nn.linear import Linear
-from fewbits.nn.lowbit import held_weights, hold, load_scale_history, recipe_of, scale_history
+from fewbits.nn.lowbit import held_weights, hold, recipe_of
+from fewbits.nn.scale_history import ScaleHistory, ScaleStore, load_scale_history, scale_history, scales_known
 from fewbits.precision.recipe import RECIPES
 
 CONFIG = ModelConfig(
@@ -225,3 +228,53 @@ def test_layers_of_a_part_of_a_model_get_a_store_of_their_own_with_their_windows
     with held_weights(model):  # all together again, from where each is
         pass
     assert all([row[1:] for row in w] == [row[:-1] for row in scale_history(model)[name]] for name, w in after.items())
+
+
+def take_step(store: ScaleStore, *maxima: float) -> None:
+    store.begin()
+    for history, value in zip(store.histories, maxima, strict=True):
+        history.maxima.fill_(value)
+    store.end()
+
+
+def test_a_role_that_is_zero_or_not_finite_for_longer_than_the_window_keeps_its_scale():
+    for nothing in (0.0, float("inf"), float("nan")):
+        store = ScaleStore.of([ScaleHistory(), ScaleHistory()], torch.device("cpu"))
+        take_step(store, 3.0, 0.0)
+        for _ in range(2 * ScaleHistory.STEPS):
+            take_step(store, nothing, 0.0)
+        assert float(store.histories[0].window.min()) == 3.0
+        assert float(store.histories[1].window.max()) == 0.0
+
+
+def test_scales_are_known_two_steps_late_for_good_and_a_recorded_step_is_told(monkeypatch):
+    """A step that is replayed looks at nothing itself: what its graph depends on is asked for before, and changes once."""
+    monkeypatch.setitem(dispatch._choices, ("both layouts of fp8 codes", "cpu"), Choice("kernel", "a test"))
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+    for module in model:
+        module.history = ScaleHistory()
+    store = ScaleStore.of([module.history for module in model], torch.device("cpu"))
+    told = []
+    for i in range(24):
+        told += scales_known(model)
+        if i in range(4, 8):  # replayed
+            store.window.copy_(torch.cat((store.window[:, :, 1:], torch.ones(2, 3, 1) * (i >= 5)), 2))
+        else:
+            take_step(store, 2.0 * (i < 20), 1.0 if 5 <= i < 20 else 0.0)
+        assert {h.known for h in store.histories} == {told[-1]}
+    assert told == [False] * 7 + [True] * 17
+    load_scale_history(model, {name: ScaleHistory().window.tolist() for name in ("0", "1")})
+    assert scales_known(model) == [False]
+
+
+def test_a_resumed_run_knows_its_scales_at_the_step_at_which_the_whole_one_does(monkeypatch):
+    monkeypatch.setitem(dispatch._choices, ("both layouts of fp8 codes", "cpu"), Choice("kernel", "a test"))
+    for stop in range(5):
+        store = ScaleStore.of([ScaleHistory()], torch.device("cpu"))
+        seen = []
+        for i in range(6):
+            if i == stop:
+                store = ScaleStore.of([ScaleHistory(store.window[0].clone())], torch.device("cpu"))
+            take_step(store, 1.0 * (i > 0))
+            seen.append(store.known)
+        assert seen == [False] * 3 + [True] * 3, stop

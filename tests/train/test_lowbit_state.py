@@ -12,7 +12,7 @@ import torch
 from fewbits.checkpoint.load import load_checkpoint
 from fewbits.checkpoint.save import save_checkpoint
 from fewbits.choice import Choice
-from fewbits.nn.lowbit import scale_history
+from fewbits.nn.scale_history import scale_history
 from fewbits.train.build import Training, build_training, open_data
 from fewbits.train.choices import Choices
 from fewbits.train.config import Config

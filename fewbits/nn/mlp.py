@@ -1,0 +1,166 @@
+"""A feed-forward layer in few bits as one node of autograd: what lies between its matmuls is made once, by one kernel.
+
+Layer by layer, the activation is written in 16 bits, read for its largest magnitude and read again for its codes, and so is
+its gradient. Here the kernel that makes them hands over the maximum too, or, under delayed scales that are known, nothing
+but codes. The operands, and so the products, are those of layer by layer: of the same values, the same codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewbits.kernels.dispatch import activate, activate_both
+from fewbits.nn.linear import Linear
+from fewbits.nn.lowbit import Draw, column_sums, gradient_codes, multiply, recipe_of
+from fewbits.nn.scale_history import ACTIVATION, GRADIENT
+from fewbits.numerics.quantize import Both, Quantized
+from fewbits.precision.recipe import Operand, Recipe
+
+_ACTIVATIONS = {2: "gelu", 3: "swiglu"}  # by the number of layers: up and down; gate, up and down
+
+
+class Part(NamedTuple):
+    """What a linear layer brings: weight [O, K], bias [O], its codes (`HeldWeight`), and for delayed scaling fp32 [3] of
+    `ScaleHistory`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    output_codes: Tensor
+    output_scale: Tensor
+    grad_input_codes: Tensor
+    grad_input_scale: Tensor
+    largest: Tensor | None
+    maxima: Tensor | None
+
+
+_SIZE = len(Part._fields)
+
+
+def together(layers: Sequence[Linear], x: Tensor) -> bool:
+    """Whether `lowbit_mlp` takes these layers now: within a step, in training, nobody listening in between."""
+    first = layers[0]
+    return (
+        torch.is_grad_enabled()
+        and x.numel() > 0
+        and all(
+            layer.chained
+            and layer.recipe == first.recipe
+            and _known(layer) == _known(first)
+            and layer.weight.requires_grad
+            and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+            and not layer._backward_pre_hooks
+            for layer in layers
+        )
+    )
+
+
+def mlp(layers: Sequence[Linear], x: Tensor) -> Tensor:
+    """`lowbit_mlp` of layers that `together` allows: x [..., D] -> [..., D]."""
+    parts: list[Tensor | None] = []
+    for layer in layers:
+        history = layer.history
+        looks_back = (None, None) if history is None else (history.largest, history.maxima)
+        parts += [layer.weight, layer.bias, *(layer.held or ()), *looks_back]
+    return lowbit_mlp(x, layers[0].recipe, _known(layers[0]), *parts)
+
+
+def lowbit_mlp(x: Tensor, recipe: str, known: bool, *parts: Tensor | None) -> Tensor:
+    """down(gelu(up(x))) of two `Part`s, up and down, or down(silu(gate(x)) * up(x)) of three, gate, up and down, one after
+    the other: x [..., D] -> [..., D] in the dtype of the weights. recipe: canonical text of a `Recipe` that `chains`.
+    known: as `lowbit_linear` takes it."""
+    weight = parts[0]
+    assert weight is not None
+    return _LowBitMLP.apply(x.to(weight.dtype), recipe, known, *parts)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _known(layer: Linear) -> bool:
+    return layer.history is not None and layer.history.known
+
+
+def _split(flat: Sequence[Any]) -> list[Part]:
+    return [Part(*flat[i : i + _SIZE]) for i in range(0, len(flat), _SIZE)]
+
+
+class _LowBitMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, text: str, known: bool, *flat: Tensor | None) -> Tensor:
+        parts, output = _split(flat), recipe_of(text).output
+        assert output is not None
+        down, draws = parts[-1], [Draw(None, part.largest, part.maxima, known) for part in parts]
+        left, turned, _ = draws[0].both(x.reshape(-1, x.shape[-1]), output.left, "output", ACTIVATION)
+        for draw in draws[1:-1]:  # the same input, so the same maxima, in every step since the first
+            draw.copy_note(draws[0], ACTIVATION)
+        inner = [
+            multiply(left, part.output_codes, part.output_scale, output, part.weight.dtype, part.bias)
+            for part in parts[:-1]
+        ]
+        name = _ACTIVATIONS[len(parts)]
+        ((hidden, hidden_t, _),) = _activated(name, inner, output.left, "output", ACTIVATION, draws[-1:], False)
+        y = multiply(hidden, down.output_codes, down.output_scale, output, down.weight.dtype, down.bias)
+        backward = [tensor for part in parts for tensor in part[4:]]
+        kept = (turned.codes.t(), turned.scale.t(), hidden_t.codes.t(), hidden_t.scale.t())
+        ctx.save_for_backward(*kept, *inner, *backward)
+        ctx.text, ctx.known, ctx.shape = text, known, x.shape
+        ctx.biases = [None if part.bias is None else part.bias.dtype for part in parts]
+        ctx.dtype = down.weight.dtype
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        count, recipe = len(ctx.biases), recipe_of(ctx.text)
+        x_codes, x_scale, h_codes, h_scale, *rest = ctx.saved_tensors
+        inner, weights = rest[: count - 1], [rest[count - 1 + 4 * i :][:4] for i in range(count)]
+        draws = [Draw(None, largest, maxima, ctx.known) for _, _, largest, maxima in weights]
+        biased = [dtype is not None for dtype in ctx.biases]
+        grad_NO = grad.reshape(-1, grad.shape[-1])
+        left, rows, sums = gradient_codes(draws[-1], grad_NO, recipe, (True, True), biased[-1])
+        assert left is not None and rows is not None and recipe.grad_input is not None
+        grads: list[Tensor | None] = [None] * (_SIZE * count)
+        grads[-_SIZE] = _grad_weight(rows, h_codes, h_scale, recipe, ctx.dtype)
+        if biased[-1]:
+            grads[1 - _SIZE] = (column_sums(grad_NO) if sums is None else sums).to(ctx.biases[-1])
+        codes, scale = weights[-1][:2]
+        grad_hidden = multiply(left, codes, scale, recipe.grad_input, ctx.dtype)
+        name = _ACTIVATIONS[count] + "_backward"
+        operand = recipe.grad_input.left
+        made = _activated(name, [grad_hidden, *inner], operand, "grad_input", GRADIENT, draws[:-1], biased[0])
+        grad_x = None
+        for i, (matrix, transpose, found) in enumerate(made):
+            grads[_SIZE * i] = _grad_weight(transpose, x_codes, x_scale, recipe, ctx.dtype)
+            if found is not None and biased[i]:
+                grads[_SIZE * i + 1] = found.to(ctx.biases[i])
+            if ctx.needs_input_grad[0]:
+                codes, scale = weights[i][:2]
+                part = multiply(matrix, codes, scale, recipe.grad_input, ctx.dtype)
+                grad_x = part if grad_x is None else grad_x + part
+        return None if grad_x is None else grad_x.view(ctx.shape), None, None, *grads
+
+
+def _grad_weight(rows: Quantized, codes: Tensor, scale: Tensor, recipe: Recipe, dtype: torch.dtype) -> Tensor:
+    assert recipe.grad_weight is not None
+    return multiply(rows, codes.t(), scale.t(), recipe.grad_weight, dtype)
+
+
+def _activated(
+    name: str, inputs: list[Tensor], operand: Operand, site: str, role: int, draws: Sequence[Draw], sums: bool
+) -> list[Both]:
+    """The results of an activation as operands in the role, one for each draw: never written where their scales are known."""
+    if operand.scaling == "delayed" and draws[0].known:
+        scales = [draw.early(operand, role) for draw in draws]
+        coded = activate_both(name, scales, operand.format, operand.granularity, operand.scaling, sums, *inputs)
+        found = []
+        for draw, scale, (both, amax) in zip(draws, scales, coded, strict=True):
+            draw.note(amax, role)
+            honest = torch.where(amax.isfinite(), scale, torch.nan)
+            matrix, transpose = replace(both.matrix, scale=honest), replace(both.transpose, scale=honest.t())
+            found.append(Both(matrix, transpose, both.sums))
+        return found
+    values = activate(name, *inputs)
+    return [
+        draw.both(value, operand, site, role, sums, amax) for draw, (value, amax) in zip(draws, values, strict=True)
+    ]

@@ -1,0 +1,126 @@
+"""Activations with their largest magnitude, or as fp8 codes, are those of the definition (in Triton's interpreter)."""
+
+# ruff: noqa: E402  the interpreter is chosen before triton is imported
+import math
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+triton = pytest.importorskip("triton")
+
+from fewbits.formats import Format
+from fewbits.kernels import activation as kernel
+from fewbits.numerics import activation as definition
+from fewbits.numerics import quantize
+from fewbits.numerics.scaling import power_of_two_scale
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() or not triton.knobs.runtime.interpret,
+    reason="tests/gpu has the device's own; or no interpreter",
+)
+
+DEFINED = {
+    "gelu": definition.gelu_wide,
+    "gelu_backward": definition.gelu_backward,
+    "swiglu": definition.swiglu,
+    "swiglu_backward": definition.swiglu_backward,
+}
+SHAPES = ((1, 1), (130, 3), (3, 300), (65, 200))
+
+
+def inputs(name: str, shape: tuple[int, int], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Values over many binades, with zeros and numbers beyond the reach of the sigmoid."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    found = []
+    for _ in range(kernel.NAMES[name][0]):
+        x = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).mul(2).exp()
+        found.append(torch.where(torch.rand(shape, generator=generator) < 0.05, 0.0, x).clamp(-200, 200).to(dtype))
+    return found
+
+
+def results(name: str, given: list[torch.Tensor]) -> list[torch.Tensor]:
+    y = DEFINED[name](*given)
+    return list(y) if isinstance(y, tuple) else [y]
+
+
+@pytest.mark.parametrize("name", DEFINED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_values_are_those_of_the_definition_and_the_largest_magnitude_is_theirs(name, dtype):
+    for shape in SHAPES:
+        given = inputs(name, shape, dtype)
+        found = kernel.activate(name, *given)
+        wanted = results(name, given)
+        assert len(found) == len(wanted)
+        for (y, amax), want in zip(found, wanted, strict=True):
+            assert y.dtype == dtype and y.shape == want.shape
+            assert amax.shape == (1, 1) and float(amax) == float(y.float().abs().max())
+            unit = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-16}[dtype]
+            size = given[0].float().abs() * (1.0 if len(given) == 1 else given[-1].float().abs().clamp(min=1.0))
+            # each is within half a unit in the last place of its own fp32 value; those differ by an exponential whose
+            # argument, up to 88, is rounded (88 * 2^-24), and by a few roundings of terms no larger than 2 * size
+            bound = unit * want.float().abs() + 2.0**-16 * size + 2.0**-24
+            assert bool(((y.float() - want.float()).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("name", DEFINED)
+@pytest.mark.parametrize("format", ["fp8_e4m3", "fp8_e5m2"])
+def test_codes_are_those_of_the_values_bit_for_bit_in_both_layouts(name, format):
+    fmt = Format.parse(format)
+    for shape in SHAPES:
+        given = inputs(name, shape, torch.bfloat16)
+        values = kernel.activate(name, *given)
+        # one scale saturates and the other leaves range idle, as delayed ones may
+        scales = [power_of_two_scale(amax, fmt.max) * 2.0 ** (9 - 12 * i) for i, (_, amax) in enumerate(values)]
+        coded = kernel.activate_both(name, scales, fmt, True, *given)
+        for (y, amax), scale, one in zip(values, scales, coded, strict=True):
+            codes, codes_t, sums = quantize.encode_both(y, scale, fmt)
+            assert torch.equal(one.codes.view(torch.uint8), codes.view(torch.uint8))
+            assert torch.equal(one.codes_t.view(torch.uint8), codes_t.view(torch.uint8)) and one.codes_t.is_contiguous()
+            assert torch.equal(one.amax, amax)
+            bound = 2.0**-23 * shape[0] * y.float().abs().sum(0)  # R roundings of fp32, of two orders of one sum
+            assert one.sums is not None and bool(((one.sums - sums).abs() <= bound).all())
+        assert all(one.sums is None for one in kernel.activate_both(name, scales, fmt, False, *given))
+
+
+@pytest.mark.parametrize("name", DEFINED)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_shows_in_the_largest_magnitude(name, value):
+    given = inputs(name, (70, 90), torch.bfloat16)
+    given[0][60, 80] = value
+    for x in given[1:]:
+        x[60, 80] = 0.5
+    fmt = Format.parse("fp8_e4m3")
+    for _, amax in kernel.activate(name, *given):
+        assert not bool(amax.isfinite())
+    scales = [torch.ones(1, 1)] * kernel.NAMES[name][1]
+    assert not any(bool(one.amax.isfinite()) for one in kernel.activate_both(name, scales, fmt, False, *given))
+
+
+@pytest.mark.parametrize("x", [-3e38, -1e10, -31.0, 31.0, 1e10, 3e38])
+def test_inputs_far_out_have_finite_values_and_slopes(x):
+    given, one = torch.full((1, 1), x, dtype=torch.bfloat16), torch.ones(1, 1, dtype=torch.bfloat16)
+    limit = max(x, 0.0)
+    assert float(kernel.activate("gelu", given)[0][0]) == pytest.approx(limit, rel=2.0**-8)
+    assert float(kernel.activate("gelu_backward", one, given)[0][0]) == float(x > 0)
+    assert float(kernel.activate("swiglu", given, one)[0][0]) == pytest.approx(limit, rel=2.0**-8, abs=1e-11)
+    by_gate, by_up = kernel.activate("swiglu_backward", one, given, one)
+    assert float(by_gate[0]) == pytest.approx(float(x > 0), abs=1e-11)
+    assert float(by_up[0]) == pytest.approx(limit, rel=2.0**-8, abs=1e-11)
+
+
+def test_definitions_are_the_gradients_of_autograd():
+    x = torch.linspace(-40, 40, 801, dtype=torch.float32).requires_grad_()
+    torch.nn.functional.gelu(x.double(), approximate="tanh").sum().backward()
+    found = definition.gelu_backward(torch.ones_like(x), x.detach())
+    torch.testing.assert_close(found, x.grad, rtol=0, atol=2.0**-19)
+    torch.testing.assert_close(
+        definition.gelu_wide(x.detach()), torch.nn.functional.gelu(x.detach(), approximate="tanh"), rtol=0, atol=2e-6
+    )
+    gate, up, grad = (torch.randn(300).requires_grad_() for _ in range(3))
+    (torch.nn.functional.silu(gate.double()) * up.double()).mul(grad.detach().double()).sum().backward()
+    by_gate, by_up = definition.swiglu_backward(grad.detach(), gate.detach(), up.detach())
+    torch.testing.assert_close(by_gate, gate.grad, rtol=2.0**-18, atol=2.0**-20)
+    torch.testing.assert_close(by_up, up.grad, rtol=2.0**-18, atol=2.0**-20)

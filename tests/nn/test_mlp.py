@@ -1,0 +1,142 @@
+"""A feed-forward layer as one node gives the products, gradients and histories of layer by layer."""
+
+# ruff: noqa: E402  the interpreter is chosen before triton is imported
+import dataclasses
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+triton = pytest.importorskip("triton")
+
+import fewbits
+from fewbits import AdamW, ModelConfig, Step, Transformer
+from fewbits.choice import Choice
+from fewbits.kernels import dispatch
+from fewbits.nn import mlp, transformer
+from fewbits.nn.lowbit import chains, held_weights
+from fewbits.nn.scale_history import scale_history
+from fewbits.numerics import activation
+from fewbits.precision.recipe import RECIPES
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() or not triton.knobs.runtime.interpret, reason="tests/gpu has its own; or no interpreter"
+)
+
+GPT = ModelConfig(vocab_size=61, context=16, n_layer=1, n_head=2, n_embd=64)
+LLAMA = dataclasses.replace(GPT, norm="rmsnorm", activation="swiglu", positions="rope", bias=False)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    for what in ("both layouts of fp8 codes", "activations between low-bit layers"):
+        monkeypatch.setitem(dispatch._choices, (what, "cpu"), Choice("kernel", "a test"))
+
+
+class Layered(torch.autograd.Function):
+    """The activation by the very kernel, between layers that quantize for themselves."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        ctx.save_for_backward(*inputs)
+        ctx.name = ("gelu", "swiglu")[len(inputs) - 1]
+        return dispatch.activate(ctx.name, *inputs)[0][0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        found = dispatch.activate(f"{ctx.name}_backward", grad.contiguous(), *ctx.saved_tensors)
+        return tuple(value for value, _ in found)
+
+
+def layered(layers, x):
+    *first, down = layers
+    return down(Layered.apply(*(layer(x) for layer in first)))
+
+
+def run(config, precision, monkeypatch, how):
+    monkeypatch.setattr(transformer, "mlp", how)
+    model = fewbits.prepare(Transformer(config), precision)
+    step = Step(model, AdamW(model.named_parameters(), lr=1e-2), precision)
+    losses = []
+    for i in range(4):  # delayed scales are known from the third on
+        ids = torch.randint(61, (8, 17), generator=torch.Generator().manual_seed(i))
+        parts = [part.contiguous() for part in ids.chunk(2)]
+        result = step([{"input_ids": p[:, :-1].contiguous(), "labels": p[:, 1:].contiguous()} for p in parts])
+        losses.append(float(result.loss))
+    return losses, scale_history(model), {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("config", [GPT, LLAMA], ids=["gelu", "swiglu"])
+@pytest.mark.parametrize("precision", ["fp8", "fp8-delayed"])
+def test_steps_are_those_of_layer_by_layer(config, precision, kernels, monkeypatch):
+    """Bit for bit, but for the order in which the columns of a gradient are added up for its bias."""
+    one, other = run(config, precision, monkeypatch, mlp.mlp), run(config, precision, monkeypatch, layered)
+    assert bool(one[1]) == (precision == "fp8-delayed")
+    if not config.bias:
+        assert one[0] == other[0] and one[1] == other[1]
+        assert all(torch.equal(weight, other[2][name]) for name, weight in one[2].items())
+    torch.testing.assert_close(one[0], other[0], rtol=2.0**-10, atol=0)
+    for name, weight in one[2].items():  # a bias that moves one bit moves what comes behind by a rounding, 2^-8
+        assert float((weight - other[2][name]).norm()) <= 2.0**-7 * float(weight.norm()) + 1e-3, name
+
+
+@pytest.mark.parametrize("config", [GPT, LLAMA], ids=["gelu", "swiglu"])
+@pytest.mark.parametrize("precision", ["fp8", "fp8-delayed"])
+def test_one_backward_gives_the_gradients_of_layer_by_layer_bit_for_bit(config, precision, kernels):
+    model = fewbits.prepare(Transformer(config), precision)
+    block = model.blocks[0].mlp
+    layers = [layer for layer in (block.gate, block.up, block.down) if layer is not None]
+    found = []
+    for _ in range(3):
+        for how in (mlp.mlp, layered):
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(4, 33, 64, generator=generator).to(torch.bfloat16).requires_grad_()
+            with held_weights(model):
+                assert mlp.together(layers, x)
+                y = how(layers, x)
+                grad = torch.randn(y.shape, generator=generator).to(torch.bfloat16)
+                found.append((y.detach(), *torch.autograd.grad(y, [x, *block.parameters()], grad)))
+    *_, one, other = found
+    names = ["output", "input", *(name for name, _ in block.named_parameters())]
+    for name, mine, theirs in zip(names, one, other, strict=True):
+        if "bias" in name:  # two orders of one fp32 sum, rounded to bf16
+            torch.testing.assert_close(mine, theirs, rtol=2.0**-7, atol=2.0**-9)
+        else:
+            assert torch.equal(mine, theirs), name
+
+
+def test_only_what_nobody_listens_to_in_a_training_step_is_one_node(kernels):
+    model = fewbits.prepare(Transformer(GPT), "fp8")
+    layers, x = (model.blocks[0].mlp.up, model.blocks[0].mlp.down), torch.randn(4, 64)
+    assert not mlp.together(layers, x)  # not within a step
+    with held_weights(model):
+        assert mlp.together(layers, x) and not mlp.together(layers, x[:0])
+        with torch.no_grad():
+            assert not mlp.together(layers, x)
+        handle = layers[0].register_forward_hook(lambda *_: None)
+        assert not mlp.together(layers, x)
+        handle.remove()
+        layers[1].weight.requires_grad_(False)
+        assert not mlp.together(layers, x)
+    assert [name for name in RECIPES if chains(str(RECIPES[name]))] == ["fp8", "fp8-delayed"]
+
+
+def test_without_kernels_layers_stay_layers(monkeypatch):
+    monkeypatch.setattr(transformer, "mlp", None)
+    model = fewbits.prepare(Transformer(GPT), "fp8")
+    with held_weights(model):
+        model.blocks[0].mlp(torch.randn(4, 64).to(torch.bfloat16)).sum().backward()
+
+
+def test_activations_written_once_keep_what_layers_keep(kernels):
+    """Codes of both inputs and the outputs of the first matmuls; no activation in 16 bits."""
+    model = fewbits.prepare(Transformer(LLAMA), "fp8")
+    block, saved = model.blocks[0].mlp, []
+    with held_weights(model), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        block(torch.randn(256, 64).to(torch.bfloat16).requires_grad_())
+    wide = [t for t in saved if t.shape[0] == 256 and t.element_size() == 2]
+    assert [tuple(t.shape) for t in wide] == [(256, LLAMA.ff)] * 2
+    assert sorted(t.shape[1] for t in saved if t.shape[0] == 256 and t.element_size() == 1) == [64, LLAMA.ff]
+    assert activation.swiglu(*wide).shape == (256, LLAMA.ff)
