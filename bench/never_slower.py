@@ -79,7 +79,7 @@ def stepper(model: nn.Module, x: Tensor, grad: Tensor, mode: str) -> Callable[[]
 
     for _ in range(WARM):
         step()
-    return recorded(step) if mode.endswith("+graph") else step
+    return recorded(step, x.device) if mode.endswith("+graph") else step
 
 
 def clock(step: Callable[[], None], calls: int, device: torch.device) -> Callable[[], float]:

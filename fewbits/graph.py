@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fewbits.choice import Choice
 from fewbits.errors import FewbitsError
-from fewbits.kernels.recording import keeping
+from fewbits.kernels.recording import recording
 from fewbits.nn.transformer import Transformer
 
 MicroBatch = Mapping[str, Tensor]
@@ -119,7 +119,7 @@ class StepGraph:
         torch.cuda.reset_peak_memory_stats(self.device)
         self.recording = True
         try:
-            with torch.cuda.device(self.device), keeping() as kept, torch.cuda.graph(graph):
+            with recording(graph, self.device) as kept:
                 result = self.take(mine)
         except torch.OutOfMemoryError:
             self.choice = Choice(False, "its memory did not fit beside what is there")

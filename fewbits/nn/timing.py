@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fewbits.errors import FewbitsError
 from fewbits.kernels.dispatch import emulated
 from fewbits.kernels.heap import keep_freed_memory
-from fewbits.kernels.recording import keeping
+from fewbits.kernels.recording import recording
 from fewbits.nn.candidates import BF16, Shape
 from fewbits.nn.lowbit import held_weights
 from fewbits.nn.prepare import prepare
@@ -158,7 +158,7 @@ class LayerTimer:
                     step = self._step(text, shape, x, grad, parts)
                     for _ in range(WARM):
                         step()
-                    step = recorded(step) if self.graph else step
+                    step = recorded(step, self.device) if self.graph else step
                 except Exception:  # whatever a compiler or a library throws: bf16 is always there
                     if text == BF16:
                         raise
@@ -232,11 +232,11 @@ class LayerTimer:
             torch.cuda.synchronize(self.device)
 
 
-def recorded(step: Callable[[], None]) -> Callable[[], None]:
+def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """A warm step as a CUDA graph that is replayed; itself where it cannot be recorded, as the run's steps then stay."""
     graph = torch.cuda.CUDAGraph()
     try:
-        with keeping() as kept, torch.cuda.graph(graph):
+        with recording(graph, device) as kept:
             step()
     except RuntimeError:
         return step

@@ -96,6 +96,7 @@ def test_a_step_that_waits_for_the_device_stays_eager_and_says_why():
     losses = run(step, 0, 8)
     assert step.warm and not step.graph.choice.value and "recording failed" in step.graph.choice.reason
     assert all(value > 0 for value in losses) and step.attempts == 8
+    assert torch.randn(8, device="cuda").isfinite().all()  # the generator is free again
 
 
 def test_the_peak_of_a_recorded_step_is_reported():
