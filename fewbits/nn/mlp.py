@@ -48,7 +48,7 @@ def together(layers: Sequence[Linear], x: Tensor) -> bool:
         torch.is_grad_enabled()
         and x.numel() > 0
         and all(
-            layer.chained
+            getattr(layer, "chained", False)  # a layer may have been replaced by one of another class
             and layer.recipe == first.recipe
             and _known(layer) == _known(first)
             and layer.weight.requires_grad
