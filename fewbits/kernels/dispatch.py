@@ -56,17 +56,26 @@ def quantize_execution(device: torch.device) -> Choice:
     """
     key = ("quantize", device.type)
     if key not in _choices:
-        one_reading = "one reading of the matrix in eager code, where the definition takes a dozen"
         if device.type == "cpu":
-            value, reason = cpu_twin.library()
-            _choices[key] = Choice("definition", reason) if value is None else Choice("kernel", one_reading)
-        elif device.type != "cuda":
-            _choices[key] = Choice("definition", f"the kernels are for CUDA and CPUs; this is {device.type}")
-        elif not cuda_twin.installed():
-            _choices[key] = Choice("definition", "triton is not installed")
+            why_not = cpu_twin.library().reason if cpu_twin.library().value is None else ""
+        elif device.type == "cuda":
+            why_not = _no_triton(device)
         else:
-            _choices[key] = Choice("kernel", one_reading)
+            why_not = f"the kernels are for CUDA and CPUs; this is {device.type}"
+        one_reading = "one reading of the matrix in eager code, where the definition takes a dozen"
+        _choices[key] = _kernel(why_not, one_reading)
     return _choices[key]
+
+
+def _kernel(why_not: str, why: str) -> Choice:
+    return Choice("definition", why_not) if why_not else Choice("kernel", why)
+
+
+def _no_triton(device: torch.device) -> str:
+    """What keeps kernels in Triton from `device`, or ""."""
+    if device.type != "cuda":
+        return f"the kernel is for CUDA; this is {device.type}"
+    return "" if cuda_twin.installed() else "triton is not installed"
 
 
 def loss_execution(device: torch.device) -> Choice:
@@ -74,12 +83,7 @@ def loss_execution(device: torch.device) -> Choice:
     model is), which agree up to the order of sums."""
     key = ("loss", device.type)
     if key not in _choices:
-        if device.type != "cuda":
-            _choices[key] = Choice("definition", f"the kernel is for CUDA; this is {device.type}")
-        elif not cuda_twin.installed():
-            _choices[key] = Choice("definition", "triton is not installed")
-        else:
-            _choices[key] = Choice("kernel", "two readings of the logits, and the gradient written over them")
+        _choices[key] = _kernel(_no_triton(device), "two readings of the logits, and the gradient written over them")
     return _choices[key]
 
 
@@ -137,11 +141,10 @@ def fused_execution(device: torch.device) -> Choice:
     key = ("work between matmuls", device.type)
     if key not in _choices:
         if device.type != "cpu":
-            _choices[key] = Choice("definition", f"the kernels are for CPUs; this is {device.type}")
-        elif (found := fused_cpu.library()).value is None:
-            _choices[key] = Choice("definition", found.reason)
+            why_not = f"the kernels are for CPUs; this is {device.type}"
         else:
-            _choices[key] = Choice("kernel", "one reading of each tensor, where torch's operations take several")
+            why_not = fused_cpu.library().reason if fused_cpu.library().value is None else ""
+        _choices[key] = _kernel(why_not, "one reading of each tensor, where torch's operations take several")
     return _choices[key]
 
 
@@ -162,16 +165,10 @@ def layouts_execution(device: torch.device) -> Choice:
     step: the Triton "kernel" or the "definition", which give the same codes."""
     key = ("both layouts of fp8 codes", device.type)
     if key not in _choices:
-        if device.type != "cuda":
-            _choices[key] = Choice("definition", f"the kernel is for CUDA; this is {device.type}")
-        elif not cuda_twin.installed():
-            _choices[key] = Choice("definition", "triton is not installed")
-        elif torch.cuda.get_device_capability(device) < (8, 9):
-            _choices[key] = Choice("definition", "this GPU converts nothing to fp8 by itself; sm_89 and newer do")
-        else:
-            _choices[key] = Choice(
-                "kernel", "one reading writes both layouts; a compiler transposes codes in a pass more"
-            )
+        why_not = _no_triton(device)
+        if not why_not and torch.cuda.get_device_capability(device) < (8, 9):
+            why_not = "this GPU converts nothing to fp8 by itself; sm_89 and newer do"
+        _choices[key] = _kernel(why_not, "one reading writes both layouts; a compiler transposes codes in a pass more")
     return _choices[key]
 
 
@@ -187,10 +184,10 @@ def quantize_both(
         if in_layouts(x, format, granularity, rounding, scales):
             scale = scale_of(block_amax(x, granularity) if amax is None else amax, format, scales)
             return _both(x, scale, format, granularity, scales, sums)
-    elif x.device.type == "cuda" and _twin(x, format, rounding, scales) is not None:
-        return Both(*cuda_twin.quantize_both(*arguments))
-    matrix = quantize(*arguments)
-    return Both(matrix, matrix.transposed())
+    elif (twin := _twin(x, format, rounding, scales)) is not None:
+        with span(QUANTIZE):
+            return Both(*twin.quantize_both(*arguments))
+    return Both.of(quantize(*arguments))
 
 
 def encode_both(
@@ -202,20 +199,15 @@ def encode_both(
     if in_layouts(x, format, granularity, rounding, scales):
         if not (early and _traced(x) and not sums):
             return _both(x, scale, format, granularity, scales, sums)
-        matrix = Quantized(
-            definition.encode(x, scale, format, granularity, scales=scales), scale, format, granularity, scales
-        )
-        codes_t = layouts.turn(matrix.codes)
-        return Both(matrix, Quantized(codes_t, scale.t(), format, granularity.transposed(), scales))
+        codes = definition.encode(x, scale, format, granularity, scales=scales)
+        return Both.of(Quantized(codes, scale, format, granularity, scales), layouts.turn(codes))
     codes = definition.encode(x, scale, format, granularity, rounding, seed, scales)
-    matrix = Quantized(codes, scale, format, granularity, scales)
-    return Both(matrix, matrix.transposed())
+    return Both.of(Quantized(codes, scale, format, granularity, scales))
 
 
 def _both(x: Tensor, scale: Tensor, format: Format, granularity: Granularity, scales: str, sums: bool) -> Both:
     codes, codes_t, found = layouts.encode_both(x, scale, format, sums)
-    matrix = Quantized(codes, scale, format, granularity, scales)
-    return Both(matrix, Quantized(codes_t, scale.t(), format, granularity.transposed(), scales), found)
+    return Both.of(Quantized(codes, scale, format, granularity, scales), codes_t, found)
 
 
 def in_layouts(x: Tensor, format: Format, granularity: Granularity, rounding: str, scales: str) -> bool:
@@ -254,14 +246,7 @@ def activate_both(
     """Each result of an activation as `encode_both` of it under a scale of that kind, and its largest magnitude."""
     found = activation_twin.activate_both(name, scales, format, sums, *inputs)
     return [
-        (
-            Both(
-                Quantized(one.codes, scale, format, granularity, kind),
-                Quantized(one.codes_t, scale.t(), format, granularity.transposed(), kind),
-                one.sums,
-            ),
-            one.amax,
-        )
+        (Both.of(Quantized(one.codes, scale, format, granularity, kind), one.codes_t, one.sums), one.amax)
         for one, scale in zip(found, scales, strict=True)
     ]
 

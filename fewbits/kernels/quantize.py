@@ -39,6 +39,11 @@ def why_not(x: Tensor, format: Format, rounding: str = "nearest-even") -> str:
         return "triton is not installed"
     if x.dtype not in _DTYPES or x.ndim != 2 or x.numel() == 0:
         return f"{x.dtype} of shape {tuple(x.shape)}; a matrix of bf16, fp16 or fp32 that is not empty fits"
+    return why_no_bytes(format, rounding)
+
+
+def why_no_bytes(format: Format, rounding: str) -> str:
+    """What keeps a kernel, on any device, from codes of one signed byte each, or ""."""
     if rounding not in ROUNDINGS:
         return f"rounding {rounding}"
     if format.kind == "binary" or not format.signed or carrier(format).itemsize != 1:

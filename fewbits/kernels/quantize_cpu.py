@@ -17,15 +17,13 @@ from fewbits.choice import Choice
 from fewbits.errors import FewbitsError
 from fewbits.formats import Format
 from fewbits.kernels import cpp
+from fewbits.kernels.quantize import why_no_bytes
 from fewbits.numerics import quantize as definition
 from fewbits.numerics.quantize import Key, Quantized, carrier, default_scales
 from fewbits.numerics.random import spread_key
 from fewbits.numerics.scaling import Granularity, scale_of
 
-ROUNDINGS = ("nearest-even", "stochastic")
 _IN_C = ("power-of-two", "exact")  # kinds of scale that the kernel makes itself
-_CARRIERS = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
-
 
 _FUNCTIONS = {
     "block_amax": "ipp", "quantize": "ipppp", "encode": "ipppp", "decode": "ippiiip", "rescale": "ipllpppip",
@@ -65,13 +63,7 @@ def why_not(x: Tensor, format: Format, rounding: str = "nearest-even", scales: s
         return library().reason
     if x.dtype not in cpp.FORMATS or x.ndim != 2 or not 0 < x.numel() < 2**32:
         return f"{x.dtype} of shape {tuple(x.shape)}; a matrix of bf16, fp16 or fp32 that is not empty fits"
-    if rounding not in ROUNDINGS:
-        return f"rounding {rounding}"
-    if format.kind == "binary" or not format.signed or carrier(format) not in _CARRIERS:
-        return f"codes of {format} are not one signed byte each"
-    if format.specials == "ieee" and format.dtype is None:
-        return f"{format} has infinities that its carrier has not"
-    return "full-range scales" if scales == "full-range" else ""
+    return why_no_bytes(format, rounding) or ("full-range scales" if scales == "full-range" else "")
 
 
 def block_amax(x: Tensor, granularity: Granularity) -> Tensor:
@@ -126,7 +118,7 @@ def quantize_both(
     They share their memory: CPU matmuls take either order at the same speed, so nothing is turned.
     """
     q = quantize(x, format, granularity, rounding, seed, scales)
-    return q, Quantized(q.codes.t(), q.scale.t(), q.format, q.granularity.transposed(), q.scales)
+    return q, q.transposed()
 
 
 def encode(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -261,8 +260,7 @@ class Draw(NamedTuple):
         if operand.scaling not in ("delayed", "unit"):
             return quantize_both(x, *how, sums, amax)
         early, scale = self._scales(x, operand, site, role, amax)
-        matrix, transpose, found = encode_both(x, early, *how, sums, self.known)
-        return Both(replace(matrix, scale=scale), replace(transpose, scale=scale.t()), found)
+        return encode_both(x, early, *how, sums, self.known).under(scale)
 
     def _seed(self, site: str) -> Key:
         return 0 if self.key is None else self.key ^ _SITES[site]
@@ -271,7 +269,7 @@ class Draw(NamedTuple):
         self, x: Tensor, operand: Operand, site: str, role: int, amax: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The scale under which an operand is encoded that is not scaled by its own maximum, noting that one; and the scale of
-        its codes: the same, but NaN where x is not finite, because saturating must not hide an infinity.
+        its codes: the same, but `honest`.
 
         Where it is `known` that there is an earlier maximum, the first does not depend on x.
         """
@@ -286,8 +284,8 @@ class Draw(NamedTuple):
             scale = self.early(operand, role)
             if not self.known:  # nothing is before the first step
                 scale = torch.where(self.scales[role] > 0, scale, power_of_two_scale(amax, operand.format.max))
-        honest = torch.where(amax.isfinite(), scale, math.nan)
-        return scale if self.known else honest, honest
+        marked = honest(scale, amax)
+        return scale if self.known else marked, marked
 
     def early(self, operand: Operand, role: int) -> Tensor:
         """The delayed scale of a role, of the maxima of the steps before: fp32 [1, 1]."""
@@ -301,8 +299,14 @@ class Draw(NamedTuple):
 
     def copy_note(self, other: Draw, role: int) -> None:
         """Notes what another layer has noted of an operand that is the same."""
-        if self.maxima is not None and other.maxima is not None:
-            self.maxima[role] = torch.maximum(self.maxima[role], other.maxima[role])
+        if other.maxima is not None:
+            self.note(other.maxima[role], role)
+
+
+def honest(scale: Tensor, amax: Tensor) -> Tensor:
+    """The scale of codes of something whose largest magnitude is amax: NaN where that is not finite, because saturating must
+    not hide an infinity."""
+    return torch.where(amax.isfinite(), scale, math.nan)
 
 
 def plain(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:

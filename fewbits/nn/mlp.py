@@ -8,7 +8,6 @@ but codes. The operands, and so the products, are those of layer by layer: of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from fewbits.kernels.dispatch import activate, activate_both
 from fewbits.nn.linear import Linear
-from fewbits.nn.lowbit import Draw, column_sums, gradient_codes, multiply, recipe_of
+from fewbits.nn.lowbit import Draw, column_sums, gradient_codes, honest, multiply, recipe_of
 from fewbits.nn.scale_history import ACTIVATION, GRADIENT
 from fewbits.numerics.quantize import Both, Quantized
 from fewbits.precision.recipe import Operand, Recipe
@@ -156,9 +155,7 @@ def _activated(
         found = []
         for draw, scale, (both, amax) in zip(draws, scales, coded, strict=True):
             draw.note(amax, role)
-            honest = torch.where(amax.isfinite(), scale, torch.nan)
-            matrix, transpose = replace(both.matrix, scale=honest), replace(both.transpose, scale=honest.t())
-            found.append(Both(matrix, transpose, both.sums))
+            found.append(both.under(honest(scale, amax)))
         return found
     values = activate(name, *inputs)
     return [

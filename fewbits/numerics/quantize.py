@@ -6,7 +6,7 @@ and fp6 in float8_e4m3fn, int4 and binary in int8): one element a code, not pack
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -79,6 +79,16 @@ class Both(NamedTuple):
     matrix: Quantized
     transpose: Quantized
     sums: Tensor | None = None
+
+    @staticmethod
+    def of(matrix: Quantized, codes_t: Tensor | None = None, sums: Tensor | None = None) -> Both:
+        """A matrix with its transpose, whose codes are `codes_t` [C, R], or a view of the matrix's own."""
+        turned = matrix.transposed()
+        return Both(matrix, turned if codes_t is None else replace(turned, codes=codes_t), sums)
+
+    def under(self, scale: Tensor) -> Both:
+        """The same codes with another scale."""
+        return Both(replace(self.matrix, scale=scale), replace(self.transpose, scale=scale.t()), self.sums)
 
 
 def quantize(
