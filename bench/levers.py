@@ -124,8 +124,7 @@ def main() -> None:
             found[case] = {"warm_up_s": warm(takes[case], device), "tokens": tokens, "ms": [], "host_ms": []}
             if device.type == "cuda":
                 found[case]["peak_gib"] = (torch.cuda.max_memory_allocated(device) - before) / 2**30
-            step = takes[case].step
-            found[case]["graph"] = (step.graph_choice if step.graph is None else step.graph.choice).reason
+            found[case]["graph"] = takes[case].step.graph_outcome.reason
         except Exception as error:  # one variant that fails is a row
             found[case] = {"error": f"{type(error).__name__}: {str(error).strip()[:500]}"}
             takes.pop(case, None)

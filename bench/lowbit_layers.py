@@ -131,6 +131,22 @@ def check() -> dict[str, Any]:
     return found
 
 
+def passes(
+    run: Callable[[Any], Any], model: torch.nn.Module, leaves: list[torch.Tensor], grads: list[torch.Tensor]
+) -> Callable[[int], Callable[[], None]]:
+    """Number -> forward and backward on the inputs of that number."""
+
+    def make(i: int) -> Callable[[], None]:
+        def call() -> None:
+            leaves[i].grad = None
+            model.zero_grad(set_to_none=True)
+            run(leaves[i]).backward(grads[i])
+
+        return call
+
+    return make
+
+
 def layer_ms(precision: str, path: str, shape: tuple[int, int, int, bool, str], rounds: int) -> float:
     """Milliseconds of forward and backward, weights held as within a step."""
     take(path)
@@ -142,14 +158,7 @@ def layer_ms(precision: str, path: str, shape: tuple[int, int, int, bool, str], 
     leaves = [torch.randn(tokens, width, device=DEVICE).bfloat16().requires_grad_() for _ in range(COPIES)]
     grads = [(torch.randn(tokens, O, device=DEVICE) * 1e-3).bfloat16() for _ in range(COPIES)]
 
-    def make(i: int) -> Callable[[], Any]:
-        def call() -> None:
-            leaves[i].grad = None
-            model.zero_grad(set_to_none=True)
-            run(leaves[i]).backward(grads[i])
-
-        return call
-
+    make = passes(run, model, leaves, grads)
     for _ in range(3 if precision == "fp8-delayed" else 0):  # its scales look back, and are known to after two steps
         with held_weights(model):
             make(0)()
@@ -170,14 +179,7 @@ def mlp_row(precision: str, path: str, shape: tuple[int, int, int, str], options
     leaves = [torch.randn(tokens, width, device=DEVICE).bfloat16().requires_grad_() for _ in range(COPIES)]
     grads = [(torch.randn(tokens, width, device=DEVICE) * 1e-3).bfloat16() for _ in range(COPIES)]
 
-    def make(i: int) -> Callable[[], Any]:
-        def call() -> None:
-            leaves[i].grad = None
-            model.zero_grad(set_to_none=True)
-            run(leaves[i]).backward(grads[i])
-
-        return call
-
+    make = passes(run, model, leaves, grads)
     for _ in range(3):  # delayed scales look back, and are known to after two steps
         with held_weights(model):
             make(0)()

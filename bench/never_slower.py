@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import fewbits
 from fewbits.kernels.heap import keep_freed_memory
 from fewbits.nn.lowbit import held_weights
-from fewbits.nn.timing import ROUNDS, WARM, Interval, compiled, paired, race, recorded
+from fewbits.nn.timing import ROUNDS, WARM, Interval, clock, compiled, paired, race, recorded
 from fewbits.numerics.keys import step_key
 from fewbits.precision.switches import torch_switches
 
@@ -80,21 +80,6 @@ def stepper(model: nn.Module, x: Tensor, grad: Tensor, mode: str) -> Callable[[]
     for _ in range(WARM):
         step()
     return recorded(step, x.device) if mode.endswith("+graph") else step
-
-
-def clock(step: Callable[[], None], calls: int, device: torch.device) -> Callable[[], float]:
-    """Milliseconds of a step, over `calls` of them in a queue."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-    def taken() -> float:
-        wait()
-        began = time.perf_counter()
-        for _ in range(calls):
-            step()
-        wait()
-        return 1e3 * (time.perf_counter() - began) / calls
-
-    return taken
 
 
 def measure(options: argparse.Namespace, width: int, mode: str, device: torch.device, cache: str) -> dict[str, Any]:

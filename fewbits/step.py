@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fewbits.choice import Choice
 from fewbits.errors import FewbitsError
 from fewbits.graph import StepGraph, graph_choice
 from fewbits.kernels.heap import keep_freed_memory
@@ -171,6 +172,11 @@ class Step:
     def warm(self) -> bool:
         """Whether steps run as they will from now on: a graph is recorded, or none will be."""
         return self.graph is None or self.graph.settled
+
+    @property
+    def graph_outcome(self) -> Choice:
+        """Whether steps are replayed from a graph, and why (not), as far as it was tried."""
+        return self.graph_choice if self.graph is None else self.graph.choice
 
     def lr_factor(self) -> Tensor:
         """Factor of the learning rate for the next update, 0-d: the schedule at the number of applied steps."""

@@ -21,7 +21,7 @@ from fewbits.kernels.int8_matmul import int8_matmul
 from fewbits.numerics import quantize as definition
 from fewbits.numerics.quantize import Both, Key, Quantized
 from fewbits.numerics.scaling import Granularity, block_amax, scale_of
-from fewbits.precision.hardware import describe, native
+from fewbits.precision.hardware import describe, native, wait
 from fewbits.ranges import QUANTIZE, span
 
 _choices: dict[tuple[str, str], Choice] = {}
@@ -317,12 +317,10 @@ def int8_execution(device: torch.device, dtype: torch.dtype) -> Choice:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait(device)
     start = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait(device)
     return time.perf_counter() - start
 
 

@@ -297,11 +297,9 @@ class _Session:
             warm_up(trial, meter)
         pieces, steps, _ = time_steps(trial, self.seconds, least_steps=4)
         ms = 1e3 * sorted(pieces)[len(pieces) // 2]
-        graph = trial.step.graph
-        graph_choice = trial.step.graph_choice if graph is None else graph.choice
-        peak = meter.peak()
-        if graph is not None:
-            graph.forget()  # profiled steps are eager, and its memory would stand beside theirs
+        graph, peak = trial.step.graph_outcome, meter.peak()
+        if trial.step.graph is not None:
+            trial.step.graph.forget()  # profiled steps are eager, and its memory would stand beside theirs
         folder = self.folder / "traces" / re.sub(r"[^A-Za-z0-9.+-]+", "_", str(precision))
         folder.mkdir(parents=True, exist_ok=True)
         found = profile_steps(trial.take_step, self.device, PROFILED, folder)
@@ -315,7 +313,7 @@ class _Session:
             "mfu": mfu(self.flops, rate, device_peak(precision, self.device)),
             "optimizer_bytes": trial.optimizer_bytes(),
             "peak_memory_bytes": peak,
-            "graph": {"value": bool(graph_choice.value), "reason": graph_choice.reason},
+            "graph": {"value": bool(graph.value), "reason": graph.reason},
             "compile_s": clock.seconds if compile else None,
             "parts": [{"part": part, "ms": times[part]} for part in (*PARTS, UNKNOWN) if part in times],
             "profile": found.to_json(),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from fewbits.errors import FewbitsError
+from fewbits.precision.hardware import wait
 from fewbits.step import Step, StepResult
 from fewbits.train.build import build_training, open_data
 from fewbits.train.compiling import keep_compiled_code
@@ -37,9 +37,7 @@ def run_block(config: Config, seconds: float, least_steps: int = 4) -> dict[str,
     config = config.resolve_vocabulary(data.tokenizer.vocab_size)
     choices = choose_execution(config)
     training = build_training(config, choices, data)
-    meter = MemoryMeter(
-        training.model, training.optimizer, training.device, config.train.micro_batches, training.step.graph
-    )
+    meter = training.memory_meter()
     warmup = warm_up(training, meter)
     if training.device.type == "cuda":  # compiling and picking kernels take memory that training does not
         torch.cuda.reset_peak_memory_stats(training.device)
@@ -93,11 +91,10 @@ def warm_up(training: Stepping, meter: MemoryMeter) -> int:
 
 def time_steps(training: Stepping, seconds: float, least_steps: int) -> tuple[list[float], int, int]:
     """(seconds a step in each piece, steps, applied steps). The device is awaited once a piece, not once a step."""
-    wait: Callable[[], None] = torch.cuda.synchronize if training.device.type == "cuda" else _nothing
-    wait()
+    wait(training.device)
     began = time.perf_counter()
     training.take_step()
-    wait()
+    wait(training.device)
     first = time.perf_counter() - began
     length = max(1, round(seconds / PIECES / max(first, 1e-6)))
     pieces: list[float] = []
@@ -106,13 +103,9 @@ def time_steps(training: Stepping, seconds: float, least_steps: int) -> tuple[li
     while time.perf_counter() - began < seconds or len(pieces) * length < least_steps:
         start = time.perf_counter()
         results += [training.take_step().applied for _ in range(length)]
-        wait()
+        wait(training.device)
         pieces.append((time.perf_counter() - start) / length)
     return pieces, len(results), int(torch.stack(results).sum())
-
-
-def _nothing() -> None:
-    return None
 
 
 def main(arguments: list[str]) -> int:

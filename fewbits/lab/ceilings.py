@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewbits.formats import FORMATS
-from fewbits.precision.hardware import Hardware, native
+from fewbits.precision.hardware import Hardware, native, wait
 from fewbits.precision.precision import Precision
 from fewbits.precision.switches import torch_switches
 
@@ -96,16 +96,11 @@ def _best(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call: the best of a few rounds of calls, after a round of warm-up."""
     calls, best = _CALLS[device.type], float("inf")
     for number in range(_ROUNDS + 1):
-        _wait(device)
+        wait(device)
         began = time.perf_counter()
         for _ in range(calls):
             work()
-        _wait(device)
+        wait(device)
         if number:
             best = min(best, (time.perf_counter() - began) / calls)
     return best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -29,6 +29,7 @@ from fewbits.nn.candidates import BF16, Shape
 from fewbits.nn.lowbit import held_weights
 from fewbits.nn.prepare import prepare
 from fewbits.numerics.keys import step_key
+from fewbits.precision.hardware import wait
 from fewbits.precision.precision import Precision
 from fewbits.precision.switches import torch_switches
 
@@ -165,7 +166,7 @@ class LayerTimer:
                     continue
                 steps[text] = step
             calls = self._calls(steps[BF16])
-            clocks = {text: self._clock(step, calls) for text, step in steps.items()}
+            clocks = {text: clock(step, calls, self.device) for text, step in steps.items()}
             times = race(clocks, BF16, self.rounds, hopeless=self.hopeless)
         steps.clear()
         clocks.clear()
@@ -210,26 +211,25 @@ class LayerTimer:
 
         return step
 
-    def _clock(self, step: Callable[[], None], calls: int) -> Callable[[], float]:
-        def clock() -> float:
-            self._wait()
-            began = time.perf_counter()
-            for _ in range(calls):
-                step()
-            self._wait()
-            return 1e3 * (time.perf_counter() - began) / calls
-
-        return clock
-
     def _calls(self, step: Callable[[], None]) -> int:
         """How many calls make a sample long enough for the clock."""
-        self._clock(step, 3)()
-        ms = self._clock(step, 3)()
+        clock(step, 3, self.device)()
+        ms = clock(step, 3, self.device)()
         return max(1, min(MOST_CALLS, math.ceil(SAMPLE_MS / ms)))
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+
+def clock(step: Callable[[], None], calls: int, device: torch.device) -> Callable[[], float]:
+    """What returns the milliseconds of a step, over `calls` of them in a queue."""
+
+    def taken() -> float:
+        wait(device)
+        began = time.perf_counter()
+        for _ in range(calls):
+            step()
+        wait(device)
+        return 1e3 * (time.perf_counter() - began) / calls
+
+    return taken
 
 
 def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:

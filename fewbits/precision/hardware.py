@@ -353,6 +353,12 @@ def time_cpu(names: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
     return tuple(rates.items())
 
 
+def wait(device: torch.device) -> None:
+    """Until `device` has done what it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _rates(names: tuple[str, ...], size: int, rounds: int) -> dict[str, float]:
     """GFLOP/s by format: the best round of each, the formats taking turns, so that a busy neighbour favours none."""
     operands = {name: torch.full((size, size), 0.5, dtype=FORMATS[name].dtype, device="cpu") for name in names}

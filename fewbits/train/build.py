@@ -29,6 +29,7 @@ from fewbits.ranges import DATA, span
 from fewbits.step import Step, StepResult
 from fewbits.train.choices import Choices
 from fewbits.train.config import Config, OptimConfig
+from fewbits.train.memory import MemoryMeter
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,11 @@ class Training:
         """Frees what `prepare` cut off the weights, once the optimizer has adopted it."""
         remainders: dict[str, Tensor] = getattr(self.model, "fewbits_remainders", {})
         remainders.clear()
+
+    def memory_meter(self) -> MemoryMeter:
+        """What measures the peak memory of its steps, a recorded graph's included."""
+        parts = self.config.train.micro_batches
+        return MemoryMeter(self.model, self.optimizer, self.device, parts, self.step.graph)
 
     @property
     def running_precision(self) -> Precision:

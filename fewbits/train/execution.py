@@ -26,7 +26,7 @@ from fewbits.data.cache import Progress, silent
 from fewbits.errors import FewbitsError, nearest
 from fewbits.formats import Format
 from fewbits.nn.timing import Measure
-from fewbits.precision.hardware import check, describe, native
+from fewbits.precision.hardware import check, describe, native, wait
 from fewbits.precision.precision import Precision
 from fewbits.train.build import build_step, with_vocabulary
 from fewbits.train.choices import Choices
@@ -145,14 +145,13 @@ class _Trials:
         """Seconds of one step; the first of its kind builds the model and warms up."""
         key = (str(precision), compile)
         if key not in self._steps:
-            layers = layers_of_run(self.config, precision, self.device, compile) or None
-            self._steps[key] = step = build_step(self.config, precision, self.device, compile, layers)[2]
+            self._steps[key] = step = build_step(self.config, precision, self.device, compile)[2]
             while not step.warm:
                 step(self._batch)
-        self._wait()
+        wait(self.device)
         began = time.perf_counter()
         self._steps[key](self._batch)
-        self._wait()
+        wait(self.device)
         return time.perf_counter() - began
 
     def race(self, runners: Sequence[tuple[Precision, bool]], rounds: int = 3) -> list[float]:
@@ -179,10 +178,6 @@ class _Trials:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def _shrink(config: Config, flops: float) -> Config:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from fewbits.precision.hardware import wait
 from fewbits.ranges import STEP, recording, span
 from fewbits.train.memory import quiet_profiler
 from fewbits.train.record import write_json
@@ -50,7 +51,7 @@ class StepProfiler:
 
     def finish(self, folder: Path) -> Breakdown:
         """Ends the profile and writes trace.json.gz and profile.json into `folder`; the breakdown of the steps taken."""
-        self._wait()
+        wait(self.device)
         traced, self._profile = self._profile, None
         self._stack.close()
         path = folder / TRACE
@@ -66,17 +67,13 @@ class StepProfiler:
         self._stack.close()
 
     def _begin(self) -> None:
-        self._wait()
+        wait(self.device)
         cuda = [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
         self._stack.enter_context(quiet_profiler())
         self._profile = self._stack.enter_context(
             profile(activities=[ProfilerActivity.CPU, *cuda], record_shapes=not cuda)  # dtypes: a CPU's formats
         )
         self._stack.enter_context(recording())
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def profile_steps(take: Callable[[], object], device: torch.device, steps: int, folder: Path) -> Breakdown:

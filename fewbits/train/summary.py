@@ -74,7 +74,7 @@ def summarize(run: Run, status: str, reason: str) -> dict[str, Any]:
     timed_tokens = (run.timed_before + run.timed_steps) * training.tokens_per_step
     rate = tokens / wall if wall > 0 and tokens else None
     ms = median(run.logged_ms) if run.logged_ms else None
-    graph = training.step.graph_choice if training.step.graph is None else training.step.graph.choice
+    graph = training.step.graph_outcome
     steady = 1000 * training.tokens_per_step / ms if ms else None
     return {
         "status": status,

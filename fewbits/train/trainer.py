@@ -30,7 +30,6 @@ from fewbits.train.config import Config
 from fewbits.train.evaluate import evaluate
 from fewbits.train.events import Display, show_summary
 from fewbits.train.generate import sample
-from fewbits.train.memory import MemoryMeter
 from fewbits.train.profile import SUMMARY, TRACE, WARMUP, StepProfiler, describe
 from fewbits.train.ranks import refuse_ranks
 from fewbits.train.record import Record, environment, write_atomically
@@ -116,13 +115,7 @@ class Run:
         self.compression: dict[str, Any] = before.get("compression") or compression_baseline(
             training.corpus.documents("val")
         )
-        self.meter = MemoryMeter(
-            training.model,
-            training.optimizer,
-            training.device,
-            self.config.train.micro_batches,
-            training.step.graph,
-        )
+        self.meter = training.memory_meter()
         self.watch = Stopwatch()
         self.clock = CompileClock()  # not running: nothing is compiled, unless `train` puts one that is
         self.may_fall_back = False
@@ -244,13 +237,7 @@ class Run:
         """Begins again without the compiler: the same weights, from the same seed, before any step was taken."""
         self.training = eager_again(self.training, reason)
         self.config = config = self.training.config
-        self.meter = MemoryMeter(
-            self.training.model,
-            self.training.optimizer,
-            self.training.device,
-            config.train.micro_batches,
-            self.training.step.graph,
-        )
+        self.meter = self.training.memory_meter()
         write_atomically(self.folder / "config.toml", config.to_toml())
         self.record.event("eager", self.done, reason=reason)
         self.display.fact("compile", "no", reason)
