@@ -104,7 +104,7 @@ def kernels(found: dict[str, Any], model: str, N: int, _D: int, V: int) -> None:
     logits = aligned_rows(rows, V, FP32, DEVICE).copy_(torch.randn(rows, V, device=DEVICE).mul_(3))
     narrow = aligned_rows(rows, V, FP16, DEVICE).copy_(logits)
     head = f"{model}, {rows} rows"
-    for block, warps in SHAPES if model == "gpt2-124m" else [(2048, 4), (4096, 8), (8192, 16)]:
+    for block, warps in SHAPES if model == "gpt2-124m" else [(2048, 4), (4096, 8), (4096, 16), (8192, 16)]:
         call = partial(kernel.softmax_gradient, narrow, labels, factor, BF16, block=block, warps=warps)
         tried(found, f"{head}, fp16 -> bf16, {block} x {warps} warps", partial(rate, call, 4 * rows * V, "gb_per_s"))
     cases: dict[str, tuple[Callable[[], Any], int]] = {

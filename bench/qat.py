@@ -1,6 +1,6 @@
 """Does quantization-aware training close the gap that int4 opens? At equal steps, on the default recipe, with seeds.
 
-    python bench/qat.py [--steps 150] [--tail 50] [--seeds 3] [--groups 32,128] [--workers 1] [--threads 2]
+    python bench/qat.py [--steps 150] [--tail 50] [--seeds 3] [--groups 32,128] [--workers 1] [--threads 2] [--device cuda]
 
 For every seed: `bf16-mixed` for all steps (the goal); its weights rounded to int4 to the nearest afterwards (the gap); the
 same training whose last `tail` steps are in `int4-qat` instead, with the same batches, schedule and optimizer state; the
@@ -65,7 +65,7 @@ def run_task(task: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(task["threads"])
     config = load_recipe("nano")
-    train = replace(config.train, max_steps=task["steps"], seed=task["seed"], device="cpu", compile="false")
+    train = replace(config.train, max_steps=task["steps"], seed=task["seed"], device=task["device"], compile="false")
     model = config.model
     if task["tiny"]:
         model = replace(model, context=32, n_layer=1, n_head=2, n_embd=128)
@@ -75,7 +75,7 @@ def run_task(task: dict[str, Any]) -> dict[str, Any]:
     config = replace(config, precision=task["precision"], train=train, model=model, optim=optim)
     reason = "a bench"
     choices = Choices(
-        Choice("cpu", reason), Choice(config.precision, reason), Choice(False, reason), Choice(True, reason),
+        Choice(task["device"], reason), Choice(config.precision, reason), Choice(False, reason), Choice(True, reason),
         Choice(task["threads"], reason),
     )  # fmt: skip
     training = build_training(config, choices, open_data(config))
@@ -145,6 +145,7 @@ def main() -> int:
     parser.add_argument("--batches", type=int, default=100, help="held-out batches of 8 sequences")
     parser.add_argument("--workers", type=int, default=1, help="trainings at a time")
     parser.add_argument("--threads", type=int, default=2, help="threads of each")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--tiny", action="store_true", help="a model of one layer on bytes: does the bench run?")
     parser.add_argument("--task", default="", help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -157,6 +158,7 @@ def main() -> int:
     groups = [word if word == "row" else f"group:{word}" for word in a.groups.split(",")]
     with tempfile.TemporaryDirectory(prefix="qat-") as folder:
         base = {"steps": a.steps, "tail": tail, "threads": a.threads, "batches": a.batches, "tiny": a.tiny}
+        base |= {"device": a.device}
         seeds = {seed: {**base, "seed": seed, "folder": f"{folder}/{seed}"} for seed in range(a.seeds)}
         goal = {
             f"seed {seed}, bf16-mixed": {**task, "precision": "bf16-mixed", "start": "", "keep": True}

@@ -15,11 +15,18 @@ import torch
 from torch import Tensor
 
 from fewbits.formats import Format
-from fewbits.kernels.layouts import TILE, _constants, _interpreted
+from fewbits.kernels.layouts import _constants, _interpreted
 from fewbits.numerics.quantize import carrier
 
-NAMES = {"gelu": (1, 1), "gelu_backward": (2, 1), "swiglu": (2, 1), "swiglu_backward": (3, 2)}
-"""Name -> how many tensors it takes, and how many it makes."""
+NAMES = {"identity": (1, 1), "gelu": (1, 1), "gelu_backward": (2, 1), "swiglu": (2, 1), "swiglu_backward": (3, 2)}
+"""Name -> how many tensors it takes, and how many it makes. "identity", for `activate_both` alone, is `encode_both` that also
+finds the largest magnitude."""
+TILES = {
+    "identity": (128, 128, 8), "gelu": (128, 128, 8), "gelu_backward": (64, 128, 8), "swiglu": (64, 128, 8),
+    "swiglu_backward": (64, 128, 8),
+}  # fmt: skip
+"""Rows, columns and warps of a program of `activate_both`: bench/layouts.py times others."""
+PAIRS = True  # whether two rows leave as one word where their number is even
 _BLOCK = 4096  # elements a program: two loads of 16 bytes a thread and tensor
 
 
@@ -97,7 +104,7 @@ def _activate_both(
 
     fmt, (takes, makes), a = Format.parse(format), NAMES[name], inputs[0]
     R, C = a.shape
-    BM, BN = TILE[0] // (1 if takes == 1 else 2), TILE[1]  # a tile of each tensor must fit into the registers
+    BM, BN, warps = TILES[name]
     codes = torch.empty(makes, R, C, dtype=carrier(fmt), device=a.device)
     codes_t = torch.empty(makes, C, R, dtype=carrier(fmt), device=a.device)
     down, across = -(-R // BM), -(-C // BN)
@@ -110,6 +117,7 @@ def _activate_both(
         a, inputs[min(1, takes - 1)], inputs[-1], scales[0], scales[last], codes, codes_t, parts if sums else scales[0],
         amax, R, C, across, last * R * C, last * down * C,
         mantissa=mantissa, lowest=lowest, limit=limit, GATED=name.startswith("swiglu"),
-        BACKWARD=name.endswith("backward"), SUMS=sums, BM=BM, BN=BN, NATIVE=a.is_cuda, num_warps=8,
+        BACKWARD=name.endswith("backward"), IDENTITY=name == "identity", SUMS=sums, PAIRS=PAIRS and R % 2 == 0,
+        BM=BM, BN=BN, NATIVE=a.is_cuda, num_warps=warps,
     )  # fmt: skip
     return codes, codes_t, parts, amax

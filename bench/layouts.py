@@ -1,0 +1,96 @@
+"""Codes in both layouts, by the tile of a program: `activate_both` of every activation and `encode_both`, in TB/s.
+
+    OUT=/tmp python bench/layouts.py [--only gelu,identity] [--compile]      # a GPU; 40 s
+    python bench/layouts.py --smoke                                          # tiny matrices, the interpreter, writes nothing
+
+A tile is rows x columns x warps; "words" let two rows leave as one 16-bit word. Bytes are those that must be moved: every
+input once in bf16, and two codes for every element. --compile only compiles, so that processes can share the work before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from functools import partial
+from typing import Any
+
+import torch
+from blocks import save
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from fewbits.formats import Format  # noqa: E402
+from fewbits.kernels import activation, layouts  # noqa: E402
+
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+SHAPES = {"gelu": (32768, 3072), "swiglu": (16384, 5632), "identity": (32768, 2304), "encode_both": (32768, 2304)}
+TILES = (
+    (128, 128, 8), (128, 128, 4), (64, 128, 8), (64, 128, 4), (128, 64, 8), (128, 64, 4), (64, 64, 4), (64, 64, 2),
+    (32, 128, 4), (256, 32, 4), (256, 64, 8), (32, 64, 2),
+)  # fmt: skip
+E5M2, E4M3 = Format.parse("fp8_e5m2"), Format.parse("fp8_e4m3")
+
+
+def milliseconds(call: Any) -> float:
+    """The median of ten, after two that do not count."""
+    if not CUDA:
+        call()
+        return float("nan")
+    times = []
+    for _ in range(12):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(2_000_000)  # a millisecond in which the host gets ahead
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return sorted(times[2:])[5]
+
+
+def main() -> None:
+    """Every kernel with every tile; one that does not compile is a row with its error."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--only", default="encode_both," + ",".join(activation.NAMES))
+    options = parser.parse_args()
+    rows: dict[str, Any] = {}
+    for name in options.only.split(","):
+        shape = (128, 256) if options.smoke else SHAPES[name.removesuffix("_backward")]
+        takes, makes = activation.NAMES.get(name, (1, 1))
+        given = [torch.randn(shape, device=DEVICE).to(torch.bfloat16) for _ in range(takes)]
+        scales = [torch.ones(1, 1, device=DEVICE)] * makes
+        moved = shape[0] * shape[1] * (2 * takes + 2 * makes)
+        gradient = name in ("identity", "encode_both") or name.endswith("backward")
+        cases: dict[str, Any] = {}
+        if name == "encode_both":
+            cases["as it is"] = partial(layouts.encode_both, given[0], scales[0], E5M2, True)
+        else:
+            call = partial(activation.activate_both, name, scales, E5M2 if gradient else E4M3, gradient, *given)
+            for tile in TILES[:2] if options.smoke else TILES:
+                for words in (True, False):
+
+                    def tried(tile: Any = tile, words: bool = words, call: Any = call) -> None:
+                        activation.TILES[name], activation.PAIRS = tile, words  # noqa: B023
+                        call()
+
+                    cases[" x ".join(map(str, tile)) + (", words" if words else "")] = tried
+        for case, call in cases.items():
+            try:
+                if options.compile:
+                    call()
+                    continue
+                ms = milliseconds(call)
+                rows[f"{name}, {case}"] = {"ms": round(ms, 4), "tb_per_s": round(moved / ms / 1e9, 3)}
+            except Exception as error:  # one that does not fit into the chip
+                rows[f"{name}, {case}"] = {"error": str(error).splitlines()[0][:120]}
+            print(f"{name:16s} {case:24s} {rows[f'{name}, {case}']}", flush=True)
+    if not (options.smoke or options.compile):
+        save("layouts_h200" if CUDA else "layouts", {"rows": rows, "shapes": {k: list(v) for k, v in SHAPES.items()}})
+
+
+if __name__ == "__main__":
+    main()
