@@ -147,14 +147,15 @@ def case() -> None:
 
 
 def table(results: dict[str, Any], tokens: int, first: str) -> None:
-    """Prints tokens/s of every case and its ratio to the first."""
-    base = results[first].get("ms")
+    """Prints tokens/s of every case and its ratio to the first: of the middle block, and of the least disturbed one."""
+    base, fastest = results[first].get("ms"), min(results[first].get("blocks", [0.0]))
     for name, row in results.items():
         if "ms" in row:
             rate = tokens / row["ms"] * 1e3
             print(
                 f"{name:34s} {row['ms']:9.2f} ms  {rate:12,.0f} tokens/s  "
-                f"x{(base or row['ms']) / row['ms']:.3f}  spread {row['spread']:.1%}"
+                f"x{(base or row['ms']) / row['ms']:.3f}  spread {row['spread']:.1%}  "
+                f"fastest block {min(row['blocks']):9.2f} ms  x{fastest / min(row['blocks']):.3f}"
             )
         else:
             print(f"{name:34s} {row['error'].strip().splitlines()[-1] if row['error'].strip() else 'failed'}")
