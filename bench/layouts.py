@@ -3,8 +3,8 @@
     OUT=/tmp python bench/layouts.py [--only gelu,identity] [--compile]      # a GPU; 40 s
     python bench/layouts.py --smoke                                          # tiny matrices, the interpreter, writes nothing
 
-A tile is rows x columns x warps; "words" let two rows leave as one 16-bit word. Bytes are those that must be moved: every
-input once in bf16, and two codes for every element. --compile only compiles, so that processes can share the work before.
+A tile is rows x columns x warps. Bytes are those that must be moved: every input once in bf16, and two codes for every
+element. --compile only compiles, so that processes can share the work before.
 """
 
 from __future__ import annotations
@@ -71,13 +71,12 @@ def main() -> None:
         else:
             call = partial(activation.activate_both, name, scales, E5M2 if gradient else E4M3, gradient, *given)
             for tile in TILES[:2] if options.smoke else TILES:
-                for words in (True, False):
 
-                    def tried(tile: Any = tile, words: bool = words, call: Any = call) -> None:
-                        activation.TILES[name], activation.PAIRS = tile, words  # noqa: B023
-                        call()
+                def tried(tile: Any = tile, call: Any = call) -> None:
+                    activation.TILES[name] = tile  # noqa: B023
+                    call()
 
-                    cases[" x ".join(map(str, tile)) + (", words" if words else "")] = tried
+                cases[" x ".join(map(str, tile))] = tried
         for case, call in cases.items():
             try:
                 if options.compile:

@@ -22,11 +22,10 @@ NAMES = {"identity": (1, 1), "gelu": (1, 1), "gelu_backward": (2, 1), "swiglu": 
 """Name -> how many tensors it takes, and how many it makes. "identity", for `activate_both` alone, is `encode_both` that also
 finds the largest magnitude."""
 TILES = {
-    "identity": (128, 64, 4), "gelu": (32, 128, 4), "gelu_backward": (128, 64, 4), "swiglu": (64, 128, 8),
-    "swiglu_backward": (64, 64, 2),
+    "identity": (128, 64, 4), "gelu": (32, 128, 4), "gelu_backward": (64, 64, 4), "swiglu": (32, 128, 4),
+    "swiglu_backward": (64, 64, 4),
 }  # fmt: skip
 """Rows, columns and warps of a program of `activate_both`, the fastest of bench/layouts.py on an H200."""
-PAIRS = True  # whether two rows leave as one word where both sides are sixteens
 _BLOCK = 4096  # elements a program: two loads of 16 bytes a thread and tensor
 
 
@@ -113,12 +112,11 @@ def _activate_both(
     kernel: Any = activate_both_kernel if _interpreted(activate_both_kernel) else wrap_triton(activate_both_kernel)
     mantissa, lowest, limit = _constants(fmt)
     last = makes - 1
-    pairs = PAIRS and R % 16 == 0 and C % 16 == 0  # so that the words of every result are aligned
     kernel[(down * across,)](
         a, inputs[min(1, takes - 1)], inputs[-1], scales[0], scales[last], codes, codes_t, parts if sums else scales[0],
         amax, R, C, across, last * R * C, last * down * C,
         mantissa=mantissa, lowest=lowest, limit=limit, GATED=name.startswith("swiglu"),
-        BACKWARD=name.endswith("backward"), IDENTITY=name == "identity", SUMS=sums, PAIRS=pairs,
+        BACKWARD=name.endswith("backward"), IDENTITY=name == "identity", SUMS=sums,
         BM=BM, BN=BN, NATIVE=a.is_cuda, num_warps=warps,
     )  # fmt: skip
     return codes, codes_t, parts, amax

@@ -15,7 +15,7 @@ except ImportError:  # kernels/activation.py is not asked then
         return function or jit
 
 
-from fewbits.kernels.quantize_triton import _fp8, _inverse_power, _load, _store_both, _store_pairs
+from fewbits.kernels.quantize_triton import _fp8, _inverse_power, _load, _store_both
 
 
 @jit
@@ -47,78 +47,47 @@ def activate_kernel(
 def activate_both_kernel(
     a, b, c, scale, scale_2, codes, codes_t, sums, amax, R, C, tiles_c, next_codes, next_sums,
     mantissa: tl.constexpr, lowest: tl.constexpr, limit: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr,
-    IDENTITY: tl.constexpr, SUMS: tl.constexpr, PAIRS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    NATIVE: tl.constexpr,
+    IDENTITY: tl.constexpr, SUMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """`activate_kernel` under scales known before, matrices [R, C] row by row: instead of the values their fp8 codes in both
     layouts, and for SUMS the sums of the columns of every BM rows, fp32 [tiles down, C]. The second result lies next_codes and
-    next_sums elements behind the first. IDENTITY: the values are those of a. PAIRS: R is even; see `_store_pairs`."""
+    next_sums elements behind the first. IDENTITY: the values are those of a."""
     program = tl.program_id(0)
     r0 = (program // tiles_c).to(tl.int64) * BM
     c0 = (program % tiles_c).to(tl.int64) * BN
-    step: tl.constexpr = (
-        2 if PAIRS else 1
-    )  # a tile is every other row of BM rows, and the rows between are another tile
-    one, two = _made(a, b, c, 0, r0, c0, R, C, step, GATED, BACKWARD, IDENTITY, BM, BN)
-    one_odd = one
-    two_odd = two
-    if PAIRS:
-        one_odd, two_odd = _made(a, b, c, C, r0, c0, R, C, step, GATED, BACKWARD, IDENTITY, BM, BN)
-    place = (program // tiles_c) * C
-    _give(
-        one, one_odd, scale, codes, codes_t, sums + place, amax, r0, c0, R, C, mantissa, lowest, limit, SUMS, PAIRS,
-        BM, BN, NATIVE,
-    )  # fmt: skip
-    if GATED and BACKWARD:
-        _give(
-            two, two_odd, scale_2, codes + next_codes, codes_t + next_codes, sums + next_sums + place, amax + 1, r0, c0,
-            R, C, mantissa, lowest, limit, SUMS, PAIRS, BM, BN, NATIVE,
-        )  # fmt: skip
-
-
-@jit
-def _made(
-    a, b, c, first, r0, c0, R, C, step: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr,
-    IDENTITY: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """The results of a tile, as their dtype rounds them, in fp32: of every step-th row, the first `first` elements further."""
-    x = _load(a + first, r0 // step, c0, R // step, C, step * C, 1, BM // step, BN)
+    x = _load(a, r0, c0, R, C, C, 1, BM, BN)
     y = x
     z = x
     if GATED or BACKWARD:
-        y = _load(b + first, r0 // step, c0, R // step, C, step * C, 1, BM // step, BN)
+        y = _load(b, r0, c0, R, C, C, 1, BM, BN)
     if GATED and BACKWARD:
-        z = _load(c + first, r0 // step, c0, R // step, C, step * C, 1, BM // step, BN)
+        z = _load(c, r0, c0, R, C, C, 1, BM, BN)
     one = x
     two = x
     if not IDENTITY:
         one, two = _activation(x, y, z, GATED, BACKWARD)
-        one = one.to(a.dtype.element_ty).to(tl.float32)
+    place = (program // tiles_c) * C
+    one = one.to(a.dtype.element_ty).to(tl.float32)
+    _give(one, scale, codes, codes_t, sums + place, amax, r0, c0, R, C, mantissa, lowest, limit, SUMS, BM, BN, NATIVE)
+    if GATED and BACKWARD:
         two = two.to(a.dtype.element_ty).to(tl.float32)
-    return one, two
+        _give(
+            two, scale_2, codes + next_codes, codes_t + next_codes, sums + next_sums + place, amax + 1, r0, c0, R, C,
+            mantissa, lowest, limit, SUMS, BM, BN, NATIVE,
+        )  # fmt: skip
 
 
 @jit
 def _give(
-    tile, odd, scale, codes, codes_t, sums, amax, r0, c0, R, C, mantissa: tl.constexpr, lowest: tl.constexpr,
-    limit: tl.constexpr, SUMS: tl.constexpr, PAIRS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    NATIVE: tl.constexpr,
+    tile, scale, codes, codes_t, sums, amax, r0, c0, R, C, mantissa: tl.constexpr, lowest: tl.constexpr,
+    limit: tl.constexpr, SUMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    bits = _magnitude(tile)
-    if PAIRS:
-        bits = tl.maximum(bits, _magnitude(odd))
-    tl.atomic_max(amax, tl.max(tl.max(bits, axis=1), axis=0))
+    tl.atomic_max(amax, tl.max(tl.max(_magnitude(tile), axis=1), axis=0))
     if SUMS:
         columns = c0 + tl.arange(0, BN)
-        total = tl.sum(tile + odd if PAIRS else tile, axis=0)
-        tl.store(sums + columns, total, mask=columns < C)
-    factor = _inverse_power(tl.load(scale))
-    out = _fp8(tile * factor, codes, mantissa, lowest, limit, NATIVE)
-    if PAIRS:
-        out_odd = _fp8(odd * factor, codes, mantissa, lowest, limit, NATIVE)
-        _store_pairs(out, out_odd, codes, codes_t, r0, c0, R, C, BM, BN)
-    else:
-        _store_both(out, codes, codes_t, r0, c0, R, C, BM, BN)
+        tl.store(sums + columns, tl.sum(tile, axis=0), mask=columns < C)
+    out = _fp8(tile * _inverse_power(tl.load(scale)), codes, mantissa, lowest, limit, NATIVE)
+    _store_both(out, codes, codes_t, r0, c0, R, C, BM, BN)
 
 
 @jit

@@ -314,19 +314,3 @@ def _store_both(out, codes, codes_t, r0, c0, R, C, BM: tl.constexpr, BN: tl.cons
     mask = (rows < R)[:, None] & (columns < C)[None, :]
     tl.store(codes + rows[:, None] * C + columns[None, :], out, mask=mask)
     tl.store(codes_t + columns[None, :] * R + rows[:, None], out, mask=mask)
-
-
-@jit
-def _store_pairs(even, odd, codes, codes_t, r0, c0, R, C, BM: tl.constexpr, BN: tl.constexpr):
-    """`_store_both` of BM rows in two tiles of every other row, of a matrix with an even number of them: transposed codes leave
-    as words of two rows, which the matrix instructions of shared memory turn; bytes would be stored there one by one."""
-    pairs = r0 // 2 + tl.arange(0, BM // 2)
-    columns = c0 + tl.arange(0, BN)
-    mask = (pairs < R // 2)[:, None] & (columns < C)[None, :]
-    first = codes + 2 * pairs[:, None] * C + columns[None, :]
-    tl.store(first, even, mask=mask)
-    tl.store(first + C, odd, mask=mask)
-    low = even.to(tl.uint8, bitcast=True).to(tl.uint16)
-    high = odd.to(tl.uint8, bitcast=True).to(tl.uint16)
-    words = tl.multiple_of(codes_t.to(tl.pointer_type(tl.uint16), bitcast=True), 16)  # a fresh tensor is aligned
-    tl.store(words + columns[None, :] * (R // 2) + pairs[:, None], low | (high << 8), mask=mask)
