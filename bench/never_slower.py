@@ -172,7 +172,7 @@ def main() -> None:
     if device.type == "cpu":
         keep_freed_memory()
     name = re.sub(r"[^a-z0-9]+", "_", device_name().lower()).strip("_")
-    name = f"never_slower_{name}_{options.recipe}_{'_'.join(options.modes)}"
+    name = f"never_slower_{name}_{options.recipe}_{'_'.join(options.modes).replace('+', '-')}"
     print(f"{'mode':15}{'width':>6}{'bf16':>13}  auto over bf16 (95 %)")
     with tempfile.TemporaryDirectory() as cache, torch_switches(fewbits.Precision.parse("bf16"), device):
         for mode in options.modes:

@@ -1,4 +1,4 @@
-"""Does quantization-aware training close the gap that int4 opens? At equal steps, on the default recipe, with seeds.
+"""Does quantization-aware training close the gap that few bits of weights open? At equal steps, on the default recipe.
 
     python bench/qat.py [--steps 150] [--tail 50] [--seeds 3] [--groups 32,128] [--workers 1] [--threads 2] [--device cuda]
 
@@ -8,7 +8,7 @@ same with learned scales; and `int4-qat` from the first step. All take the same 
 the model as it would be stored. `closed` is the part of the gap that is gone, of the means over the seeds: (rounded -
 trained) / (rounded - bf16); it means something only where the gap does: it is null where the gap's interval holds 0.
 
-Embedding and head (one tied weight) stay in bf16. Writes bench/results/qat_nano.json.
+Embedding and head (one tied weight) stay in bf16. Writes bench/results/qat_nano_WEIGHTS.json.
 """
 
 from __future__ import annotations
@@ -31,20 +31,15 @@ from blocks import ROOT, save
 T_QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # 95 %, by number of seeds
 
 
-def precision(granularity: str, learned: bool) -> str:
-    """int4-qat with scales for groups of that size, or rows."""
-    return f"int4-qat, output=bf16 x int4/{granularity}{'/learned' if learned else ''}"
-
-
-def variants(groups: list[str]) -> dict[str, dict[str, Any]]:
+def variants(weights: str, groups: list[str]) -> dict[str, dict[str, Any]]:
     """What is made of the runs of the first stage: name -> the checkpoint to begin with, precision."""
     found: dict[str, dict[str, Any]] = {}
     for group in groups:
-        name = f"int4 {group}"
-        found[f"{name}, rounded afterwards"] = {"start": "end", "precision": precision(group, False)}
-        found[f"{name}, qat at the end"] = {"start": "middle", "precision": precision(group, False)}
-        found[f"{name}, qat at the end, learned"] = {"start": "middle", "precision": precision(group, True)}
-        found[f"{name}, qat from the start"] = {"start": "", "precision": precision(group, False)}
+        name, own = f"{weights} {group}", f"int4-qat, output=bf16 x {weights}/{group}"
+        found[f"{name}, rounded afterwards"] = {"start": "end", "precision": own}
+        found[f"{name}, qat at the end"] = {"start": "middle", "precision": own}
+        found[f"{name}, qat at the end, learned"] = {"start": "middle", "precision": f"{own}/learned"}
+        found[f"{name}, qat from the start"] = {"start": "", "precision": own}
     return found
 
 
@@ -146,6 +141,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1, help="trainings at a time")
     parser.add_argument("--threads", type=int, default=2, help="threads of each")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--weights", default="int4", help="or int3, int2: where int4 opens no gap")
     parser.add_argument("--tiny", action="store_true", help="a model of one layer on bytes: does the bench run?")
     parser.add_argument("--task", default="", help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -165,7 +161,7 @@ def main() -> int:
             for seed, task in seeds.items()
         }
         found = run_all(goal, a.workers, a.threads)
-        made = variants(groups)
+        made = variants(a.weights, groups)
         rest = {
             f"seed {seed}, {name}": {**task, **variant, "keep": False}
             for name, variant in made.items()
@@ -189,7 +185,7 @@ def main() -> int:
             rows[name]["gain"] = interval([x - y for x, y in zip(rounded, mine, strict=True)])
             shown += f", closes {100 * rows[name]['closed']:.0f} % of the gap" if there else ", no gap is shown"
         print(shown)
-    save("qat_nano" if not a.tiny else "qat_tiny", {"steps": a.steps, "tail": tail, "seeds": a.seeds, "rows": rows,
+    save(f"qat_nano_{a.weights}" if not a.tiny else "qat_tiny", {"steps": a.steps, "tail": tail, "seeds": a.seeds, "rows": rows,
          "runs": found})  # fmt: skip
     return 0
 

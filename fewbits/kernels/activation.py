@@ -22,7 +22,7 @@ NAMES = {"identity": (1, 1), "gelu": (1, 1), "gelu_backward": (2, 1), "swiglu": 
 """Name -> how many tensors it takes, and how many it makes. "identity", for `activate_both` alone, is `encode_both` that also
 finds the largest magnitude."""
 TILES = {
-    "identity": (128, 64, 4), "gelu": (32, 128, 4), "gelu_backward": (64, 64, 4), "swiglu": (32, 128, 4),
+    "identity": (128, 64, 4), "gelu": (32, 128, 4), "gelu_backward": (32, 64, 2), "swiglu": (32, 128, 4),
     "swiglu_backward": (64, 64, 4),
 }  # fmt: skip
 """Rows, columns and warps of a program of `activate_both`, the fastest of bench/layouts.py on an H200."""
