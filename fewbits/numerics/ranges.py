@@ -60,7 +60,10 @@ def largest_scale(x: Tensor, format: str | Format) -> Tensor:
     """
     fmt = Format.parse(format)
     magnitude = x.abs()
-    scale = magnitude.mean(-1, keepdim=True) if fmt.kind == "binary" else magnitude.amax(-1, keepdim=True) / fmt.max
+    if fmt.kind == "binary":
+        scale = magnitude.mean(-1, keepdim=True)
+    else:  # in fp64, rounded once: a GPU divides fp32 by a number through its reciprocal
+        scale = (magnitude.amax(-1, keepdim=True).double() / fmt.max).to(x.dtype)
     return torch.where(scale > 0, scale, 1.0)
 
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from fewbits.report.compared import LEGEND, table_row
 from fewbits.report.quantized import layer_rows, lead, result_rows
-from fewbits.report.words import count, duration, of_bytes, percent, value_text
+from fewbits.report.words import percent
 
 STYLE = {"good": "green", "bad": "red", "plain": ""}
 
@@ -58,51 +58,6 @@ def comparison_lines(document: Mapping[str, Any]) -> list[str]:
             parts.append(cells["reason"])
         lines.append(", ".join(parts))
     return lines
-
-
-def evaluation_table(results: Mapping[str, Mapping[str, Any]], compression: Mapping[str, Any] | None = None) -> Table:
-    """Held-out results, one row a text: {name: {"loss", "perplexity", "bits_per_byte", "tokens"}}."""
-    table = Table(box=box.ASCII2, show_edge=False)
-    table.add_column("text", style="bold", overflow="fold")
-    for heading in ("loss", "perplexity", "bits per byte", "tokens"):
-        table.add_column(heading, justify="right")
-    for name, result in results.items():
-        table.add_row(
-            Text(name),
-            value_text(result.get("loss")),
-            value_text(result.get("perplexity"), 2),
-            value_text(result.get("bits_per_byte")),
-            count(result.get("tokens")),
-        )
-    for name, bits in (compression or {}).items():
-        if isinstance(bits, int | float):
-            table.add_row(Text(name, style="dim"), "-", "-", value_text(float(bits)), "-")
-    return table
-
-
-def summary_table(summary: Mapping[str, Any]) -> Table:
-    """The end of a run in two columns."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    speed = f"{count(summary.get('tok_per_s'))} tokens/s, {value_text(summary.get('ms_per_step'), 1)} ms a step"
-    rows = (
-        (
-            "status",
-            f"{summary.get('status')} after {count(summary.get('steps'))} steps, {duration(summary.get('wall_s'))}",
-        ),
-        ("precision", value_text(summary.get("precision"))),
-        (
-            "held out",
-            f"loss {value_text(summary.get('val_loss'))}, bits per byte {value_text(summary.get('bits_per_byte'))}",
-        ),
-        ("speed", speed),
-        ("memory", of_bytes(summary.get("peak_memory_bytes"))),
-        ("skipped", f"{count(summary.get('skipped_steps'))} steps"),
-    )
-    for name, value in rows:
-        table.add_row(name, Text(value))
-    return table
 
 
 def quantized_tables(document: Mapping[str, Any]) -> list[Table | Text]:

@@ -13,7 +13,7 @@ import pytest
 from fewbits.errors import FewbitsError
 from fewbits.report.html import write_comparison, write_report
 from fewbits.report.record import read_run
-from fewbits.report.terminal import comparison_lines, comparison_table, evaluation_table, summary_table
+from fewbits.report.terminal import comparison_lines, comparison_table
 from fewbits.train.config import Config
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
@@ -224,13 +224,3 @@ def test_terminal_and_page_use_the_same_words(comparison: Path) -> None:
     table = console.export_text()
     assert all(word in table for word in ("same", "worse", "diverged", "0.91x"))
     assert table.isascii()  # any console can show it
-
-
-def test_evaluation_and_summary_tables_show_what_is_unknown_as_a_dash() -> None:
-    from rich.console import Console
-
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(evaluation_table({"held out": {"loss": 2.0, "bits_per_byte": None, "tokens": 5}}, {"gzip": 1.9}))
-    console.print(summary_table({"status": "finished", "steps": 3}))
-    text = console.export_text()
-    assert "2.0000" in text and "1.9000" in text and "finished after 3 steps" in text
