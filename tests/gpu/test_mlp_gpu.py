@@ -11,6 +11,7 @@ from fewbits.choice import Choice
 from fewbits.formats import Format
 from fewbits.kernels import activation as kernel
 from fewbits.kernels import dispatch
+from fewbits.kernels.layouts import turn
 from fewbits.nn.lowbit import held_weights
 from fewbits.nn.scale_history import scales_known
 from fewbits.numerics import activation as definition
@@ -58,6 +59,12 @@ def test_values_maxima_and_codes_are_those_of_the_definition(name):
             assert torch.equal(one.codes_t.view(torch.uint8), codes_t.view(torch.uint8))
             assert torch.equal(one.amax, amax) and one.sums is not None
             assert bool(((one.sums - sums).abs() <= 2.0**-23 * shape[0] * y.float().abs().sum(0)).all())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (130, 3), (131, 70), (80, 144), (2048, 768), (16384, 2560)])
+def test_turned_codes_are_the_transpose(shape):
+    codes = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
+    assert torch.equal(turn(codes).view(torch.uint8), codes.view(torch.uint8).t().contiguous())
 
 
 def gradients(config, precision, compiled, steps=5):
