@@ -1,4 +1,4 @@
-"""Tables for the terminal: a comparison, an evaluation, the summary of a run."""
+"""Tables for the terminal: a comparison, a model that was made small."""
 
 from __future__ import annotations
 
