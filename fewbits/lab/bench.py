@@ -217,7 +217,7 @@ class _Session:
                 self.watch.line(self._said(row, began, number + 1, len(precisions)))
             self.watch.state("measuring the ceilings again")
             self._set_beside(document, ceilings.better(measure_ceilings(self.device, self.hardware)))
-            document["status"], document["shown"] = "finished", shown_row(document["rows"])
+            document["status"] = "finished"
             write_json(path, document)
         return Bench(path, document)
 
@@ -247,7 +247,6 @@ class _Session:
             "notes": [*notes, *slow_shapes(model, train.batch_size, self.device)],
             "ceilings": asdict(ceilings),
             "rows": [],
-            "shown": None,
             "left_out": left_out,
             "config": self.config.to_toml(),
             "environment": environment(),
@@ -350,9 +349,3 @@ def choose_compile(config: Config, device: torch.device) -> Choice:
         return Choice(False, "compiling for a CPU takes longer than a short run gains; --compile true compiles")
     missing = missing_compiler(device)
     return Choice(not missing, missing or "compiled steps are what one trains with on a GPU")
-
-
-def shown_row(rows: Sequence[dict[str, Any]]) -> str | None:
-    """The precision whose parts are shown first: the fastest."""
-    timed = [row for row in rows if row["status"] == "ok"]
-    return max(timed, key=lambda row: float(row["tok_per_s"]))["precision"] if timed else None
