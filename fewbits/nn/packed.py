@@ -17,6 +17,7 @@ from fewbits.kernels.matmul import ROW, scaled_matmul
 from fewbits.nn.linear import linear
 from fewbits.numerics.affine import group_width, grouped, pack, packed_width, unpack
 from fewbits.numerics.quantize import Quantized, quantize
+from fewbits.numerics.scaling import quotient
 
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -102,8 +103,7 @@ class PackedLinear(nn.Module):
         finite gives NaN, because its scale is not."""
         x_NK = x.reshape(-1, x.shape[-1]).float()
         largest_N1 = torch.linalg.vector_norm(x_NK, torch.inf, -1, keepdim=True) if x_NK.numel() else x_NK[:, :1]
-        # in fp64 and rounded once: a GPU divides by a number in fp32 by multiplying with its reciprocal, off by an ulp
-        scale_N1 = torch.where(largest_N1 == 0, 1.0, (largest_N1.double() / 127.5).float())
+        scale_N1 = torch.where(largest_N1 == 0, 1.0, quotient(largest_N1, 127.5))
         integers_NK = (x_NK / scale_N1).round_().clamp_(-128, 127).to(torch.int8)
         weight_OK = self.codes.view(torch.int8)
         dtype = self.scale.dtype

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewbits.errors import FewbitsError, nearest
 from fewbits.formats import Format
-from fewbits.numerics.scaling import Granularity
+from fewbits.numerics.scaling import Granularity, quotient
 
 ZeroPoint = Literal["inside", "outside"]
 
@@ -47,9 +47,9 @@ def affine_parameters(
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     if symmetric:
         middle = (lowest + highest + 1) // 2
-        scale = torch.maximum(-low, high) / (highest - middle)
+        scale = quotient(torch.maximum(-low, high), highest - middle)
         return torch.where(scale > 0, scale, 1.0), torch.full(low.shape, middle, dtype=torch.int32, device=low.device)
-    scale = (high - low) / (highest - lowest)
+    scale = quotient(high - low, highest - lowest)
     scale = torch.where(scale > 0, scale, 1.0)
     return scale, (lowest - low / scale).round().clamp(lowest, highest).to(torch.int32)
 

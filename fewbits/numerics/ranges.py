@@ -13,6 +13,7 @@ from fewbits.errors import FewbitsError
 from fewbits.formats import Format
 from fewbits.numerics.affine import affine_decode, affine_encode, affine_parameters
 from fewbits.numerics.rounding import cast
+from fewbits.numerics.scaling import quotient
 
 
 def min_max(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,10 +61,8 @@ def largest_scale(x: Tensor, format: str | Format) -> Tensor:
     """
     fmt = Format.parse(format)
     magnitude = x.abs()
-    if fmt.kind == "binary":
-        scale = magnitude.mean(-1, keepdim=True)
-    else:  # in fp64, rounded once: a GPU divides fp32 by a number through its reciprocal
-        scale = (magnitude.amax(-1, keepdim=True).double() / fmt.max).to(x.dtype)
+    binary = fmt.kind == "binary"
+    scale = magnitude.mean(-1, keepdim=True) if binary else quotient(magnitude.amax(-1, keepdim=True), fmt.max)
     return torch.where(scale > 0, scale, 1.0)
 
 

@@ -147,12 +147,19 @@ def power_of_two_scale(amax: Tensor, largest: float) -> Tensor:
     return torch.where(amax.isfinite(), scale, math.nan)
 
 
-def exact_scale(amax: Tensor, largest: float) -> Tensor:
-    """amax / largest, rounded once to fp32; 1 where amax is 0, NaN where it is not finite.
+def quotient(x: Tensor, divisor: float) -> Tensor:
+    """x / divisor in the dtype of x, the same on every device up to fp32.
 
-    Divided in fp64, which rounds to nearest everywhere; compilers for GPUs divide fp32 approximately.
+    Divided in fp64: torch on CUDA multiplies by the reciprocal of a number, and compilers for GPUs divide fp32
+    approximately. An fp32 number over one of up to 24 bits is 2**-49 or more from where fp32 changes its rounding, and
+    fp64 less than 2**-51 off, reciprocal or not.
     """
-    scale = (amax.double() / largest).float().clamp(min=2.0**-126)
+    return (x.double() / divisor).to(x.dtype)
+
+
+def exact_scale(amax: Tensor, largest: float) -> Tensor:
+    """amax / largest, rounded once to fp32; 1 where amax is 0, NaN where it is not finite."""
+    scale = quotient(amax, largest).clamp(min=2.0**-126)
     return torch.where(amax.isfinite(), torch.where(amax == 0, 1.0, scale), math.nan)
 
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fewbits import FewbitsError, Format
+from fewbits.numerics.affine import affine_parameters
+from fewbits.numerics.ranges import largest_scale
 from fewbits.numerics.scaling import (
     Granularity,
     block_amax,
     exact_scale,
     inverse,
     power_of_two_scale,
+    quotient,
     scale_of,
     times,
     two_level_scale,
@@ -106,6 +113,35 @@ def test_an_exact_scale_is_the_rounded_quotient():
     amax = torch.rand(1000) + 0.5
     wanted = torch.tensor([a / 127 for a in amax.tolist()], dtype=torch.float64).float()
     assert torch.equal(exact_scale(amax, 127.0), wanted)
+
+
+class ByReciprocal(TorchFunctionMode):
+    """Divides by a Python number as torch does on CUDA: multiplies by its reciprocal, rounded to the dtype."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.div and not isinstance(args[1], Tensor):
+            return args[0] * torch.tensor(args[1], dtype=args[0].dtype).reciprocal()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        lambda x: exact_scale(x.amax(-1), 127.0),
+        lambda x: quotient(x.amax(-1), 127.5),
+        lambda x: largest_scale(x, "int4"),
+        lambda x: largest_scale(x, "fp8_e4m3"),
+        lambda x: affine_parameters(x.amin(-1), x.amax(-1), "int8")[0],
+        lambda x: affine_parameters(x.amin(-1), x.amax(-1), "int8", symmetric=False)[0],
+    ],
+    ids=["exact", "full-range", "largest-int4", "largest-fp8", "symmetric", "asymmetric"],
+)
+def test_a_device_that_divides_by_a_reciprocal_finds_the_same_scale(scale: Callable[[Tensor], Tensor]):
+    x = torch.randn(1000, 16)
+    with ByReciprocal():
+        found = scale(x)
+        assert not torch.equal(x / 127.0, (x.double() / 127.0).float())  # in fp32 it would not
+    assert torch.equal(found, scale(x))
 
 
 def test_two_level_scales_are_e4m3_numbers_under_one_power_of_two():
