@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fewbits.nn.prepare import takes
+from fewbits.nn.plan import takes
 from fewbits.precision.precision import Precision
 from fewbits.precision.recipe import MATMULS, Recipe
 

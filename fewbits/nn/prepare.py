@@ -10,7 +10,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -19,10 +18,9 @@ from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from fewbits.choice import Choice
-from fewbits.errors import FewbitsError, nearest
+from fewbits.errors import FewbitsError
 from fewbits.formats import Format
 from fewbits.nn import remainder
-from fewbits.nn.eligible import eligible
 from fewbits.nn.embedding import Embedding
 from fewbits.nn.emulate import emulation, needed
 from fewbits.nn.fake import LEARNED, fake_linear, first_log_scale
@@ -31,12 +29,12 @@ from fewbits.nn.lowbit import let_compilers_in, lowbit_linear, recipe_of
 from fewbits.nn.mlp import lowbit_mlp
 from fewbits.nn.norm import LayerNorm, RMSNorm
 from fewbits.nn.packed import refuse_packed
+from fewbits.nn.plan import Plan, choices, make_plan
 from fewbits.nn.scale_history import ScaleHistory
 from fewbits.nn.transformer import Transformer
 from fewbits.numerics.random import mix_key
 from fewbits.numerics.update import join_master, round_away, split_master
 from fewbits.precision.precision import Precision
-from fewbits.precision.recipe import Recipe
 
 # torch's class -> ours, with what is better about it. Subclasses are left alone: they may mean something else.
 _TWINS: dict[type[nn.Module], tuple[type[nn.Module], str]] = {
@@ -94,54 +92,77 @@ def prepare(
     if (before := getattr(model, "fewbits_precision", None)) is not None:
         raise FewbitsError(f"the model is prepared as {before} already; prepare a fresh model as {precision}.")
     refuse_packed(model, f"be prepared as {precision}")
-    exceptions, kept_out = _exceptions(model, keep, precision)
+    plan = make_plan(model, precision, keep)
     _refuse_not_finite(model)
-    lowbit = eligible(model, precision.recipe, {*exceptions, *kept_out})
-    _refuse_nothing(lowbit, precision)
-    chosen = _chosen([name for name, (taken, _) in lowbit.items() if taken], precision, layers)
-    report = Report(precision)
-    remainders: dict[str, Tensor] = {}
-    undo = _Undo()
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    chosen = choices(plan, layers)
+    change = _Change(Report(precision), {}, _Undo(), {id(p): name for name, p in model.named_parameters()})
     for name, module in list(model.named_modules()):
         own = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
-        if not own:
-            continue
-        undo.classes.append((module, type(module)))
-        row = _swap(module)
-        report.foreign |= not isinstance(module, _OURS)
-        format, reason = exceptions.get(name, (precision.working, row[1]))
-        what = f"kept in {format}" if name in exceptions else str(format)
-        if name in lowbit:
-            choice = chosen.get(name, Choice("", lowbit[name][1]))
-            what, reason = f"kept in {format}", choice.reason
-            if choice.value:
-                what = _in_words(choice.value, precision)
-                _give_recipe(module, name, choice.value, undo)
-        report.rows.append((name or "model", type(module).__name__, what, reason))
-        for parameter in own:
-            if id(parameter) in names:
-                report.parameters += 1
-                undo.dtypes.append((parameter, parameter.dtype))
-                report.rounded += _round(parameter, format, names.pop(id(parameter)), remainders)
-        if name in exceptions:
-            undo.hooks += _cast_around(module, format, precision.working)
-        if isinstance(module, Linear):
-            module.tf32 = precision.operand.name == "tf32" and name not in exceptions
+        if own:
+            _prepare_module(module, name, own, plan, chosen.get(name), change)
+    _prepare_whole(model, precision, change)
+    attributes: dict[str, Any] = model.__dict__
+    attributes.update(
+        fewbits_precision=precision,
+        fewbits_report=change.report,
+        fewbits_remainders=change.remainders,
+        fewbits_undo=change.undo,
+    )
+    return model
+
+
+def _prepare_module(
+    module: nn.Module, name: str, own: list[nn.Parameter], plan: Plan, choice: Choice | None, change: _Change
+) -> None:
+    """Changes one module with parameters of its own; choice: what the recipe gives it, None where it takes it not."""
+    precision, report, undo = plan.precision, change.report, change.undo
+    undo.classes.append((module, type(module)))
+    reason = _swap(module)
+    format, what = precision.working, str(precision.working)
+    if name in plan.exceptions:
+        format, reason = plan.exceptions[name]
+    if name in plan.exceptions or name in plan.lowbit:
+        what = f"kept in {format}"
+    if name in plan.lowbit:
+        reason = plan.lowbit[name][1] if choice is None else choice.reason
+    if choice is not None and choice.value:
+        what = _in_words(choice.value, precision)
+        _give_recipe(module, name, choice.value, undo)
+    report.rows.append((name or "model", type(module).__name__, what, reason))
+    report.foreign |= not isinstance(module, _OURS)
+    for parameter in own:
+        if (full_name := change.names.pop(id(parameter), None)) is not None:
+            report.parameters += 1
+            undo.dtypes.append((parameter, parameter.dtype))
+            report.rounded += _round(parameter, format, full_name, change.remainders)
+    if name in plan.exceptions:
+        undo.hooks += _cast_around(module, format, precision.working)
+    if isinstance(module, Linear):
+        module.tf32 = precision.operand.name == "tf32" and name not in plan.exceptions
+
+
+def _prepare_whole(model: nn.Module, precision: Precision, change: _Change) -> None:
+    """What a model does around its modules: cast its inputs, emulate, know its logits."""
     if isinstance(model, Transformer):
         model.tf32 = precision.operand.name == "tf32"
         model.logits = precision.logits
     if precision.recipe:
         for function in (fake_linear,) if precision.recipe.fake else (lowbit_linear, lowbit_mlp):
             let_compilers_in(function)
-    undo.hooks.append(model.register_forward_pre_hook(_cast_inputs(precision.working), with_kwargs=True))
-    if report.foreign and precision.working.bits == 16:
-        undo.hooks += _emulate_around(model)
-    attributes: dict[str, Any] = model.__dict__
-    attributes.update(
-        fewbits_precision=precision, fewbits_report=report, fewbits_remainders=remainders, fewbits_undo=undo
-    )
-    return model
+    hooks = change.undo.hooks
+    hooks.append(model.register_forward_pre_hook(_cast_inputs(precision.working), with_kwargs=True))
+    if change.report.foreign and precision.working.bits == 16:
+        hooks += _emulate_around(model)
+
+
+@dataclass
+class _Change:
+    """What has changed so far; names: of the parameters yet to come, by id, so that a tied one is rounded once."""
+
+    report: Report
+    remainders: dict[str, Tensor]
+    undo: _Undo
+    names: dict[int, str]
 
 
 @dataclass
@@ -212,80 +233,11 @@ def _give_recipe(module: nn.Module, name: str, text: str, undo: _Undo) -> None:
     undo.lowbit.append(module)
 
 
-def takes(model: nn.Module, precision: Precision, keep: Iterable[str] = ()) -> list[str]:
-    """Names of the linear layers that the recipe of `precision` takes in a model that is not prepared.
-
-    Raises FewbitsError where `prepare` would: a pattern of `keep` matches nothing, or no layer is left.
-    """
-    exceptions, kept_out = _exceptions(model, keep, precision)
-    lowbit = eligible(model, precision.recipe, {*exceptions, *kept_out})
-    _refuse_nothing(lowbit, precision)
-    return [name for name, (taken, _) in lowbit.items() if taken]
-
-
-def _chosen(names: list[str], precision: Precision, layers: Mapping[str, Choice] | None) -> dict[str, Choice]:
-    """For every layer that the recipe takes the text of its own, "" where it stays in the working format, and why."""
-    if layers is None and precision.layers == "auto":
-        raise FewbitsError(
-            f"{precision} is decided by a timing of this model's shapes. Give prepare what it found, "
-            f"layers=fewbits.choose_layers(model, '{precision}', tokens=...), or write layers=all."
-        )
-    if layers is None:
-        return dict.fromkeys(names, Choice(str(precision.recipe), "ours, by the recipe"))
-    if set(layers) != set(names):
-        odd = sorted(set(layers) ^ set(names))[0]
-        what = "is no linear layer that the recipe takes" if odd in layers else "is taken, and has no choice"
-        raise FewbitsError(f"layers= belongs to another model or another keep: '{odd}' {what}.")
-    recipes = {value: Recipe() if value == "bf16" else Recipe.parse(value) for value, _ in layers.values()}
-    return {name: Choice(str(recipes[c.value]) if recipes[c.value] else "", c.reason) for name, c in layers.items()}
-
-
 def _in_words(recipe: str, precision: Precision) -> str:
     """How a report calls a layer's recipe: the precision where it is the whole of it, else with what is left out."""
     if recipe == str(precision.recipe):
         return str(precision)
     return str(precision.replace(recipe=recipe_of(recipe), layers="all"))
-
-
-def _refuse_nothing(lowbit: Mapping[str, tuple[bool, str]], precision: Precision) -> None:
-    """A recipe that changes nothing must not look as if it did."""
-    if not precision.recipe or any(taken for taken, _ in lowbit.values()):
-        return
-    shown = "; ".join(f"{name}: {reason}" for name, (_, reason) in list(lowbit.items())[:4])
-    what = f"no linear layer that it takes ({shown})" if shown else "no linear layer"
-    raise FewbitsError(f"{precision} would change nothing: the model has {what}. Use {precision.working}-mixed.")
-
-
-def _exceptions(
-    model: nn.Module, keep: Iterable[str], precision: Precision
-) -> tuple[dict[str, tuple[Format, str]], set[str]]:
-    """What patterns name, directly or from above: module name -> (storage format, reason), and who stays out of the recipe."""
-    found: dict[str, tuple[Format, str]] = {}
-    kept_out: set[str] = set()
-    names = [name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
-    for text in keep:
-        pattern, _, format_name = text.partition("=")
-        format = Format.parse(format_name) if format_name else Format.parse("fp32")
-        if format.dtype is None or format.bits < 16:
-            raise FewbitsError(f"keep {text!r}: parameters are stored in fp32, bf16, fp16 or fp64, not {format.name}.")
-        matched = [n for n in names if any(fnmatchcase(prefix, pattern) for prefix in _prefixes(n))]
-        if not matched:
-            hint = nearest(pattern, names) or f" Modules with parameters are {', '.join(names[:8])}."
-            raise FewbitsError(f"keep {text!r} matches no module of the model.{hint}")
-        if precision.recipe and not format_name:
-            kept_out.update(matched)
-        else:
-            found.update({name: (format, f"named by keep {text!r}") for name in matched})
-    if found and precision.working.bits >= 32:
-        raise FewbitsError(
-            f"{precision} keeps every parameter in {precision.working}; keep= has nothing to except there."
-        )
-    return found, kept_out
-
-
-def _prefixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def _refuse_not_finite(model: nn.Module) -> None:
@@ -294,15 +246,15 @@ def _refuse_not_finite(model: nn.Module) -> None:
             raise FewbitsError(f"parameter {name} holds NaN or infinity; load a sound checkpoint before preparing it.")
 
 
-def _swap(module: nn.Module) -> tuple[str, str]:
-    """Turns a module of exactly torch's class into ours, keeping parameters, hooks and names; (class, reason)."""
+def _swap(module: nn.Module) -> str:
+    """Turns a module of exactly torch's class into ours, keeping parameters, hooks and names; says what it is."""
     if isinstance(module, _OURS):
-        return type(module).__name__, "ours"
+        return "ours"
     if type(module) in _TWINS:
         ours, reason = _TWINS[type(module)]
         module.__class__ = ours
-        return ours.__name__, reason
-    return type(module).__name__, "not ours: torch's kernels, emulated from outside where needed"
+        return reason
+    return "not ours: torch's kernels, emulated from outside where needed"
 
 
 def _round(parameter: nn.Parameter, format: Format, name: str, remainders: dict[str, Tensor]) -> bool:

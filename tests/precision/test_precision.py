@@ -7,8 +7,6 @@ import json
 import pytest
 
 from fewbits.errors import FewbitsError
-from fewbits.formats import Format
-from fewbits.precision.plan import Exceptional, Plan
 from fewbits.precision.precision import ALIASES, PRECISIONS, Precision
 
 TEXTS = [
@@ -180,13 +178,3 @@ def test_replace_gives_another_value():
     assert p.master == "auto"
     with pytest.raises(FewbitsError):
         p.replace(master="nothing")
-
-
-def test_the_first_exception_of_a_plan_decides():
-    plan = Plan(
-        Precision.parse("bf16"),
-        (Exceptional("head", Format.parse("fp32"), "asked for"), Exceptional("*", Format.parse("fp16"), "the rest")),
-    )
-    assert plan.format_of("head") == (Format.parse("fp32"), "asked for")
-    assert plan.format_of("blocks.0.mlp").value.name == "fp16"
-    assert Plan(Precision.parse("bf16")).format_of("head").value.name == "bf16"
