@@ -23,6 +23,7 @@ from fewbits.checkpoint.manifest import (
     Damaged,
     read_latest,
     read_manifest,
+    reading,
     step_of,
 )
 from fewbits.checkpoint.save import CheckpointWarning
@@ -160,12 +161,8 @@ def _read(folder: Path) -> Checkpoint:
 
 
 def _check_size(path: Path, expected: int) -> None:
-    try:
+    with reading(path.name):
         size = path.stat().st_size
-    except FileNotFoundError:
-        raise Damaged(f"{path.name} is missing") from None
-    except OSError as error:
-        raise Damaged(f"{path.name} cannot be read ({error.strerror})") from None
     if size != expected:
         raise Damaged(f"{path.name} is {'cut off' if size < expected else 'too long'} ({size} of {expected} bytes)")
 
@@ -174,7 +171,7 @@ def _verified(path: Path, read: Callable[[Callable[[memoryview], None], int], T]
     """What `read` makes of a file of so many bytes, given out only when they are the ones saved. Errors: Damaged."""
     digest = hashlib.sha256()
     try:
-        with open(path, "rb", buffering=0) as handle:
+        with reading(path.name), open(path, "rb", buffering=0) as handle:
 
             def fill(target: memoryview) -> None:
                 filled = 0
@@ -186,8 +183,6 @@ def _verified(path: Path, read: Callable[[Callable[[memoryview], None], int], T]
                     filled += count
 
             result = read(fill, bytes)
-    except OSError as error:
-        raise Damaged(f"{path.name} cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise Damaged(f"{path.name} was changed ({error})") from None
     if digest.hexdigest() != sha256:

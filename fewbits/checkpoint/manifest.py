@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,17 @@ class Damaged(Exception):
     """A checkpoint that is not what was saved; the message names the file and what is wrong with it."""
 
 
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """A file that cannot be read within is Damaged."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise Damaged(f"{name} is missing") from None
+    except OSError as error:
+        raise Damaged(f"{name} cannot be read ({error.strerror})") from None
+
+
 def step_name(step: int) -> str:
     """The folder name of a step.
 
@@ -64,12 +76,8 @@ def manifest_text(step: int, save_dtype: str | None, files: Mapping[str, Written
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest as an object. Errors: Damaged; FewbitsError when an intact one is of another version."""
-    try:
+    with reading(MANIFEST):
         raw = (folder / MANIFEST).read_bytes()
-    except FileNotFoundError:
-        raise Damaged(f"{MANIFEST} is missing") from None
-    except OSError as error:
-        raise Damaged(f"{MANIFEST} cannot be read ({error.strerror})") from None
     try:
         manifest = json.loads(raw.decode())
         body = {key: value for key, value in manifest.items() if key != "checksum"}
@@ -97,12 +105,8 @@ def latest_text(name: str) -> bytes:
 
 def read_latest(checkpoints: Path) -> str:
     """The folder name that `latest` points to. Errors: Damaged."""
-    try:
+    with reading(LATEST):
         raw = (checkpoints / LATEST).read_bytes()
-    except FileNotFoundError:
-        raise Damaged(f"{LATEST} is missing") from None
-    except OSError as error:
-        raise Damaged(f"{LATEST} cannot be read ({error.strerror})") from None
     parts = raw.decode("utf-8", errors="replace").split(" ")
     if len(parts) != 3 or latest_text(parts[1]) != raw or not _STEP_NAME.fullmatch(parts[1]):
         raise Damaged(f"{LATEST} was changed (its own checksum differs)")
