@@ -19,6 +19,7 @@ for _name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
 
 import random
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,7 @@ import numpy as np
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))  # for update_rows
 _OWN_CACHE = pytest.StashKey[str]()
 
 

@@ -3,54 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+from update_rows import MASTERS, SCALARS, bf16, bits, copied, fp16, fp32, row_from, spread, stored
+from update_rows import table_of as rows_table
 
 from fewbits.kernels import update as kernel
 from fewbits.numerics.update import adam_, adamw_, sgd_
-from fewbits.optim import master
 from fewbits.optim.adamw import AdamW
 from fewbits.optim.clip import measure
 from fewbits.optim.engine import update_flat
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not kernel.installed(), reason="needs Triton")]
 CUDA = torch.device("cuda")
-bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = [(512, 257), (7,), (1024, 64), (33, 3), (), (0,)]
-MASTERS = [(bf16, "split"), (bf16, "fp32"), (bf16, "none"), (fp16, "fp32"), (fp16, "none"), (fp32, "none")]
-SCALARS = [[0.999, 0.1, 0.1, 0.95, 0.05, 0.3, 1e-8, 1e-2], [1e-2, 0.05, 0.9, 0.9, 0.1, 0.7, 1e-6, 3e-3]]
 
 
-def row_of(shape: tuple[int, ...], dtype: torch.dtype, kind: str, gradient: torch.dtype, moments: int, number: int):
-    exact = torch.randn(shape, device=CUDA) * torch.randn(shape, device=CUDA).mul(2).exp()
+def row_of(shape: tuple[int, ...], *rest: Any) -> kernel.Row:
+    exact = spread(shape, CUDA)
     if exact.numel() > 20:
         exact.view(-1)[:6] = torch.tensor([0.0, -0.0, 1e-45, 3.4e38, float("inf"), float("nan")])
-    working, kept = master.rounded(kind, exact, dtype)
-    held = [torch.randn_like(exact) * 0.1, torch.rand_like(exact) * torch.randn_like(exact).mul(4).exp()][:moments]
-    kept = kept.clone() if kept is not None else None
-    return kernel.Row(torch.randn_like(exact).to(gradient), working.clone(), kept, tuple(held), number)
-
-
-def copied(row: kernel.Row) -> kernel.Row:
-    kept = None if row.kept is None else row.kept.clone()
-    return row._replace(working=row.working.clone(), kept=kept, moments=tuple(m.clone() for m in row.moments))
-
-
-def stored(row: kernel.Row) -> list[Tensor]:
-    return [row.working, *([] if row.kept is None else [row.kept]), *row.moments]
-
-
-def bits(tensor: Tensor) -> Tensor:
-    if tensor.is_floating_point():
-        tensor = torch.where(tensor.isnan(), torch.nan, tensor)
-    return tensor.reshape(-1).view(torch.uint8)
+    return row_from(exact, *rest)
 
 
 def table_of(rule: Callable[..., None], kind: str, rows: list[kernel.Row]) -> kernel.Table:
-    formats = (kernel.FORMATS[tensor.dtype] for tensor in (rows[0].working, rows[0].gradient))
-    return kernel.Table(kernel.Variant(kernel.RULES[rule], kind, *formats, len(rows[0].moments)), rows)
+    return rows_table(rule, kind, rows, kernel.Cut())
 
 
 def test_the_kernel_is_what_runs_here():

@@ -13,6 +13,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 triton = pytest.importorskip("triton")
 
+from update_rows import MASTERS, bf16, bits, copied, fp16, fp32, row_from, spread, stored
+from update_rows import SCALARS as rows_scalars
+from update_rows import table_of as rows_table
+
 from fewbits.kernels import update as kernel
 from fewbits.numerics.update import adam_, adamw_, sgd_
 from fewbits.optim import master
@@ -23,11 +27,9 @@ pytestmark = pytest.mark.skipif(
     reason="tests/gpu has the device's own; or no interpreter",
 )
 
-bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 CUT = kernel.Cut(block=64, norm_block=32, norm_repeat=4)
 SHAPES = [(3, 64), (130,), (1,), (0,), (), (7, 9)]  # whole chunks, a tail, less than a chunk, nothing at all
-MASTERS = [(bf16, "split"), (bf16, "fp32"), (bf16, "none"), (fp16, "fp32"), (fp16, "none"), (fp32, "none")]
-SCALARS = torch.tensor([[0.999, 0.1, 0.1, 0.95, 0.05, 0.3, 1e-8, 1e-2], [1e-2, 0.05, 0.9, 0.9, 0.1, 0.7, 1e-6, 3e-3]])
+SCALARS = torch.tensor(rows_scalars)
 YES, THIRD = torch.tensor(True), torch.tensor(0.3)
 
 
@@ -38,35 +40,12 @@ class ExactRoots(TorchFunctionMode):
         return args[0].double().sqrt().float() if func is Tensor.sqrt else func(*args, **(kwargs or {}))
 
 
-def row_of(shape: tuple[int, ...], dtype: torch.dtype, kind: str, gradient: torch.dtype, moments: int, number: int):
-    """One tensor over many binades, its moments (the second not negative) and a gradient."""
-    exact = torch.randn(shape) * torch.randn(shape).mul(2).exp()
-    working, kept = master.rounded(kind, exact, dtype)
-    held = [torch.randn(shape) * 0.1, torch.rand(shape) * torch.randn(shape).mul(4).exp()][:moments]
-    kept = kept.clone() if kept is not None else None
-    return kernel.Row(torch.randn(shape).to(gradient), working.clone(), kept, tuple(held), number)
-
-
-def copied(row: kernel.Row) -> kernel.Row:
-    kept = None if row.kept is None else row.kept.clone()
-    return row._replace(working=row.working.clone(), kept=kept, moments=tuple(m.clone() for m in row.moments))
-
-
-def stored(row: kernel.Row) -> list[Tensor]:
-    return [row.working, *([] if row.kept is None else [row.kept]), *row.moments]
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """The bits, NaN made one (which NaN it is does not matter, the sign of a zero does)."""
-    if tensor.is_floating_point():
-        tensor = torch.where(tensor.isnan(), torch.nan, tensor)
-    return tensor.reshape(-1).view(torch.uint8)
+def row_of(shape: tuple[int, ...], *rest: Any) -> kernel.Row:
+    return row_from(spread(shape), *rest)
 
 
 def table_of(rule: Callable[..., None], kind: str, rows: list[kernel.Row]) -> kernel.Table:
-    assert not any(kernel.why_not(rule, kind, row) for row in rows)
-    formats = (kernel.FORMATS[tensor.dtype] for tensor in (rows[0].working, rows[0].gradient))
-    return kernel.Table(kernel.Variant(kernel.RULES[rule], kind, *formats, len(rows[0].moments)), rows, CUT)
+    return rows_table(rule, kind, rows, CUT)
 
 
 def assert_like_the_definition(rule, kind: str, rows: list[kernel.Row], clip: Tensor | None = None) -> None:
