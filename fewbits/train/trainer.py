@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from fewbits.checkpoint.load import Checkpoint
 from fewbits.checkpoint.save import save_checkpoint
@@ -37,6 +36,7 @@ from fewbits.train.signals import Interrupts
 from fewbits.train.state import collect
 from fewbits.train.summary import advise, introduce, summarize
 from fewbits.train.throughput import Stopwatch, device_peak, mfu
+from fewbits.train.waiting import Arrived, Waiting
 
 EXIT = {"finished": 0, "stopped": 0, "diverged": 3, "crashed": 1}
 
@@ -121,7 +121,7 @@ class Run:
         self.may_fall_back = False
         self.profiler: StepProfiler | None = None
         self.step_s, self.timed_steps = 0.0, 0
-        self.waiting: list[tuple[int, StepResult, Tensor]] = []  # steps whose results are still on the device
+        self.waiting = Waiting()
         self.unlogged_s, self.unlogged_steps = 0.0, 0
         self.logged_ms: list[float] = []
         self.last: dict[str, Any] = before.get("last") or {}
@@ -210,7 +210,7 @@ class Run:
         self.done += 1
         self.unlogged_steps += not apart
         self.timed_steps += not apart
-        self.waiting.append((self.done, result, self.training.step.latched.clone()))
+        self.waiting.add(self.done, result, self.training.step.latched)
         self.display.advance(self.done)
         return result
 
@@ -259,48 +259,36 @@ class Run:
 
     def _read(self, logs: bool) -> None:
         """Brings what happened since the last time from the device, in one transfer; logs the newest step if asked."""
-        step, optimizer = self.training.step, self.training.optimizer
-        values = [
-            value.double()
-            for _, result, latched in self.waiting
-            for value in (result.loss, result.grad_norm, result.loss_scale, result.applied, latched)
-        ]
-        numbers = torch.stack([*values, step.skipped.double(), optimizer.applied_steps.double()]).tolist()
+        found, counters = self.waiting.read(self.training.step.skipped, self.training.optimizer.applied_steps)
+        skipped, applied_steps = counters
         seconds = self.watch.take()
         self.step_s += seconds
         self.unlogged_s += seconds
-        skipped, applied_steps = int(numbers.pop(-2)), int(numbers.pop(-1))
-        rows = [numbers[i : i + 5] for i in range(0, len(numbers), 5)]
-        steps = [number for number, _, _ in self.waiting]
-        self.waiting.clear()
-        latched = next((i for i, row in enumerate(rows) if row[4]), None)
-        withheld = [number for number, row in zip(steps, rows, strict=True) if not row[3]]
-        if latched is not None:
-            after = len(rows) - latched - 1  # attempts after the latch closed changed nothing and are not counted
-            skipped -= after
-            withheld = [number for number in withheld if number <= steps[latched]]
-        if withheld:
+        end = next((i for i, one in enumerate(found) if one.latched), None)
+        if end is not None:
+            skipped -= len(found) - end - 1  # attempts after the latch closed changed nothing and are not counted
+            found = found[: end + 1]
+        if withheld := [one.number for one in found if not one.applied]:
             self.record.event("skipped", withheld[-1], steps=withheld)
-        if logs or latched is not None:
-            shown = len(rows) - 1 if latched is None else latched
-            self._log(steps[shown], rows[shown], skipped, applied_steps)
-        if latched is not None:
-            loss = rows[latched][0]
-            what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradients are not finite"
-            raise _Diverged(steps[latched], what)
+        newest = found[-1]
+        if logs or newest.latched:
+            self._log(newest, skipped, applied_steps)
+        if newest.latched:
+            what = "the gradients are not finite" if math.isfinite(newest.loss) else f"the loss is {newest.loss}"
+            raise _Diverged(newest.number, what)
 
-    def _log(self, number: int, row: list[float], skipped: int, applied_steps: int) -> None:
-        """One line of metrics.jsonl and of the console; `row`: loss, gradient norm, loss scale, applied, latched."""
+    def _log(self, one: Arrived, skipped: int, applied_steps: int) -> None:
+        """One line of metrics.jsonl and of the console."""
         seconds = self.unlogged_s / self.unlogged_steps if self.unlogged_steps else None  # all of them were profiled
         self.unlogged_s, self.unlogged_steps = 0.0, 0
         rate = self.training.tokens_per_step / seconds if seconds else None
         entry = {
-            "step": number,
-            "tokens": number * self.training.tokens_per_step,
-            "loss": row[0],
-            "lr": self.training.lr_after(applied_steps - int(row[3])),
-            "grad_norm": row[1],
-            "loss_scale": row[2],
+            "step": one.number,
+            "tokens": one.number * self.training.tokens_per_step,
+            "loss": one.loss,
+            "lr": self.training.lr_after(applied_steps - int(one.applied)),
+            "grad_norm": one.grad_norm,
+            "loss_scale": one.loss_scale,
             "skipped": skipped,
             "ms": 1000 * seconds if seconds else None,
             "tok_per_s": rate,
@@ -311,7 +299,7 @@ class Run:
             self.logged_ms.append(1000 * seconds)
         self.last = entry
         self.record.metrics(entry)
-        if self.clock.seconds and number == self.first + 1:
+        if self.clock.seconds and one.number == self.first + 1:
             kept = keep_compiled_code(self.config.data.cache)
             self.display.fact("compiled", f"in {self.clock.seconds:.1f} s, not in the steps' times; kept in {kept}")
         self.display.step(entry)
