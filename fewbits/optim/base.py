@@ -20,6 +20,7 @@ from fewbits.nn import remainder
 from fewbits.numerics.wide import wide_dtype
 from fewbits.optim import bundles, clip, engine, master, moments, sharding
 from fewbits.optim.bundles import Bundle, Tables
+from fewbits.optim.saved import Copies, by_name, check_state_dict
 from fewbits.optim.sharding import local
 from fewbits.precision.kinds import check_master, check_moments
 
@@ -368,28 +369,15 @@ class Optimizer(torch.optim.Optimizer):
 
         Raises FewbitsError for state of another optimizer, kind or shape, before anything is changed.
         """
-        if "applied_steps" not in state_dict or "kinds" not in state_dict:
-            raise FewbitsError(
-                "this is not the state of a fewbits optimizer: it has no applied_steps; load one that is."
-            )
-        for what, own in self._kinds().items():
-            saved = state_dict["kinds"].get(what)
-            if saved != own and what != "master":  # what masters are kept is compared parameter by parameter
-                raise FewbitsError(
-                    f"the saved state has {what} {saved!r} and this optimizer {own!r}; make it as saved."
-                )
-        groups = state_dict["param_groups"]
-        sizes, own_sizes = ([len(group["params"]) for group in some] for some in (groups, self.param_groups))
-        if sizes != own_sizes:
-            raise FewbitsError(
-                f"the saved state has groups of {sizes} parameters and this optimizer {own_sizes}; group them as saved."
-            )
+        check_state_dict(state_dict, self._kinds(), [len(group["params"]) for group in self.param_groups])
+        groups, saved = state_dict["param_groups"], state_dict["state"]
         fresh: dict[Tensor, dict[str, Tensor]] = {}
-        births: dict[int, Tensor] = {}
+        copies = Copies(self.applied_steps.device)
         for saved_group, group in zip(groups, self.param_groups, strict=True):
+            names = self.group_moments(saved_group)
             for number, parameter in zip(saved_group["params"], group["params"], strict=True):
-                if state_dict["state"].get(number):
-                    fresh[parameter] = self._restored(parameter, saved_group, state_dict["state"][number], births)
+                if saved.get(number):
+                    fresh[parameter] = copies.copy(parameter, self.master_kind(parameter), names, saved[number])
         super().load_state_dict(
             {"state": {}, "param_groups": groups}
         )  # torch would cast the state to the parameter's dtype
@@ -397,32 +385,6 @@ class Optimizer(torch.optim.Optimizer):
             remainder.drop(parameter)
             self.state[parameter] = state
         self.applied_steps.copy_(state_dict["applied_steps"])
-
-    def _restored(
-        self, parameter: Tensor, group: dict[str, Any], saved: Mapping[str, Any], births: dict[int, Tensor]
-    ) -> dict[str, Tensor]:
-        """A copy of `saved`, checked; tensors of one birth share their `since`."""
-        kind = self.master_kind(parameter)
-        dtypes = dict.fromkeys(self.group_moments(group), wide_dtype(parameter.dtype))
-        if kind != "none":
-            dtypes["master"] = master.STATE_DTYPES[kind]
-        if set(saved) != {*dtypes, "since"}:
-            raise FewbitsError(
-                f"the saved state of a {parameter.dtype} parameter holds {', '.join(sorted(saved))}; this optimizer "
-                f"keeps {', '.join(sorted({*dtypes, 'since'}))} (master {kind!r}): make it as it was saved."
-            )
-        born = int(saved["since"])
-        state = {"since": births.setdefault(born, torch.full_like(self.applied_steps, born))}
-        for name, dtype in dtypes.items():
-            value = saved[name]
-            if value.dtype != dtype or value.shape != parameter.shape:
-                raise FewbitsError(
-                    f"the saved {name} is {value.dtype} {tuple(value.shape)} and this one is {dtype} "
-                    f"{tuple(parameter.shape)}: make the optimizer as it was saved."
-                )
-            state[name] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-            state[name].copy_(value)
-        return state
 
     @torch.no_grad()
     def named_state(self, named_parameters: Iterable[tuple[str, Tensor]], masters: bool = False) -> dict[str, Tensor]:
@@ -446,21 +408,15 @@ class Optimizer(torch.optim.Optimizer):
         """
         groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
         named = [(name, parameter) for name, parameter in named_parameters if parameter in groups]
-        saved: dict[str, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key != "applied_steps":
-                saved.setdefault(key.rpartition("/")[0], {})[key.rpartition("/")[2]] = value
-        foreign = sorted(set(saved) - {name for name, _ in named})
-        if foreign or "applied_steps" not in tensors:
-            what = f"state of {foreign[0]!r}, which is not here" if foreign else "no applied_steps"
-            raise FewbitsError(f"the saved optimizer state holds {what}; load it into the model that wrote it.")
-        births: dict[int, Tensor] = {}
+        saved = by_name(tensors, [name for name, _ in named])
+        copies = Copies(self.applied_steps.device)
         fresh: dict[Tensor, dict[str, Tensor]] = {}
         for name, parameter in named:
             if name in saved:
                 kept = self._kept(parameter)
                 own = {} if kept is None else {"master": sharding.placed(kept, parameter)}
-                fresh[parameter] = self._restored(parameter, groups[parameter], {**own, **saved[name]}, births)
+                kind, names = self.master_kind(parameter), self.group_moments(groups[parameter])
+                fresh[parameter] = copies.copy(parameter, kind, names, {**own, **saved[name]})
         for _, parameter in named:
             if parameter in fresh:
                 remainder.drop(parameter)
