@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fewbits.errors import FewbitsError, nearest
-from fewbits.nn.transformer import ModelConfig
+from fewbits.nn.transformer import LARGEST, ModelConfig
 from fewbits.precision.precision import Precision
 from fewbits.train.fields import Option, limits, options_of
 
@@ -222,10 +222,11 @@ class Config:
 def options() -> dict[str, Option]:
     """Every option by dotted name, in the order of the dataclasses."""
     found = options_of(Config, "")
+    sizes = {name: limits(int(name != "vocab_size"), most) for name, most in LARGEST.items()}
     for part in fields(Config):
         group = getattr(Config(), part.name)
         if is_dataclass(group):
-            found += options_of(type(group), part.name)
+            found += options_of(type(group), part.name, sizes if isinstance(group, ModelConfig) else None)
     return {option.name: option for option in found}
 
 
