@@ -293,7 +293,10 @@ def load_recipe(name_or_path: str | Path) -> Config:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise FewbitsError(f"Cannot read the recipe {text}: {reason}.") from None
+        raise FewbitsError(
+            f"Cannot read the recipe {text}: {reason}. Name a TOML file, such as a run's config.toml, or one of "
+            f"{', '.join(shipped)}."
+        ) from None
     config = Config.from_toml(content, source=text)
     return replace(config, name=path.stem) if config.name == Config.name else config
 
