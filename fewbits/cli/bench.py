@@ -34,14 +34,14 @@ def bench(recipe: str | None, file: str | None, precisions: str | None, seconds:
     folder = config.train.out_dir
     config = override(config, "train.out_dir", "")
     from fewbits.lab.bench import bench as run_bench
+    from fewbits.lab.variants import named
     from fewbits.report.bench import bench_tables
     from fewbits.report.html import write_bench
 
     console = make_console()
     for note in notes:
         console.print(note)
-    names = [name.strip() for name in precisions.split(",") if name.strip()] if precisions else None
-    found = run_bench(config, names, folder, seconds, console)
+    found = run_bench(config, named("--precisions", precisions), folder, seconds, console)
     for part in bench_tables(found.document):
         console.print(part)
     console.print(f"wrote       {found.path}")

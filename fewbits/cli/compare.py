@@ -58,7 +58,7 @@ def compare(
     """
     from fewbits.lab.compare import DEFAULT_BUDGET
     from fewbits.lab.compare import compare as run_comparison
-    from fewbits.lab.variants import split_values
+    from fewbits.lab.variants import named
 
     if recipe is not None and file is not None:
         raise FewbitsError(f"RECIPE {recipe!r} and --config {file!r} were both given. Keep one.")
@@ -73,8 +73,8 @@ def compare(
         console.print(note)
     result = run_comparison(
         config,
-        precisions=split_values(precisions) if precisions else None,
-        vary=split_vary(vary) if vary else None,
+        precisions=named("--precisions", precisions),
+        vary=None if vary is None else split_vary(vary),
         seeds=parse_seeds(seeds),
         margin=margin,
         out_dir=out_dir,

@@ -87,9 +87,7 @@ class Commands(click.Group):
                 formatter.write_dl([(name, line) for name, (_, line) in group.items()])
 
 
-@click.command(
-    cls=Commands, context_settings={"token_normalize_func": underscores, "max_content_width": 120}, no_args_is_help=True
-)
+@click.command(cls=Commands, context_settings={"token_normalize_func": underscores, "max_content_width": 120})
 @click.version_option(__version__, prog_name="fewbits")
 def fewbits() -> None:
     """Train language models in few bits, and show that nothing was lost.
@@ -108,6 +106,7 @@ def main() -> NoReturn:
 
 def run(arguments: Sequence[str]) -> int:
     """Runs one command line; its exit code: 0 done, 1 crashed, 2 misuse, 3 diverged, 130 interrupted."""
+    arguments = arguments or ["--help"]
     with _forgiving(sys.stdout), _forgiving(sys.stderr), _short_warnings():
         try:
             if "--help" not in arguments:

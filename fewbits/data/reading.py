@@ -220,13 +220,19 @@ def json_lines(path: Path, encoding: str, first: int = 0, last: int | None = Non
                 f'{where} not JSON ({reason}). Each line must be an object like {{"text": "..."}}.'
             ) from None
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            found = (
-                f"an object with the fields {sorted(record)[:8]}"
-                if isinstance(record, dict)
-                else f"{line.strip()[:40]!r}"
+            raise FewbitsError(
+                f'{where} {_textless(record, line)}. Each line must be an object like {{"text": "..."}}.'
             )
-            raise FewbitsError(f'{where} no text in {found}. Each line must be an object like {{"text": "..."}}.')
         yield whole_characters(record["text"])
+
+
+def _textless(record: object, line: str) -> str:
+    """What a JSON value holds in place of a text, in words."""
+    if not isinstance(record, dict):
+        return f"no text in {line.strip()[:40]!r}"
+    if "text" in record:
+        return f"the field 'text' is {json.dumps(record['text'])[:40]}, not a text in quotation marks"
+    return f"no text in an object with the fields {sorted(record)[:8]}"
 
 
 def _lines(text: Iterator[str]) -> Iterator[str]:

@@ -7,6 +7,7 @@ piece; what is there is never run again, and a run that was cut off is resumed f
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from fewbits.precision.hardware import check as check_hardware
 from fewbits.precision.hardware import describe
 from fewbits.train.config import Config
 from fewbits.train.record import write_atomically
-from fewbits.train.rundir import Lock, check_writable
+from fewbits.train.rundir import Lock, check_free, check_writable
 
 DEFAULT_PRECISIONS = ("fp32", "bf16-mixed", "fp16-mixed")
 DEFAULT_BUDGET = 13.0  # minutes: 15 were promised, and estimates err
@@ -100,18 +101,27 @@ def compare(
             changed = variant_config(config, variants, value, numbers[0])
             check_hardware(changed.resolve_precision(), describe(device))
     folder = Path(out_dir) if out_dir else default_folder(config, variants)
-    check_writable(folder)
+    path = folder / "compare.json"
+    (check_writable if path.exists() else check_free)(folder)
+    fresh = not folder.exists()
     lock = Lock(folder)
     try:
-        document = store.open_or_new(folder / "compare.json", config, variants)
+        document = store.open_or_new(path, config, variants)
         document.update(seeds=numbers, margin=margin, measure=measure_of(variants.key), status="running")
         document["commands"] = commands(config, document, budget)
+        store.write(path, document)  # before config.toml, by which the folder would pass for a run
         write_atomically(folder / "config.toml", config.to_toml())
-        session = Session(folder, document, variants, Watch(console, quiet))
-        session.run(config, budget, rounds, block_seconds, device)
+        try:
+            Session(folder, document, variants, Watch(console, quiet)).run(
+                config, budget, rounds, block_seconds, device
+            )
+        except FewbitsError:
+            if fresh and not document["blocks"] and not document["runs"]:
+                shutil.rmtree(folder, ignore_errors=True)  # a mistake in what was asked leaves nothing half-written
+            raise
     finally:
         lock.release()
-    return Comparison(folder / "compare.json", document)
+    return Comparison(path, document)
 
 
 def seed_list(seeds: int | Sequence[int], first: int) -> list[int]:

@@ -69,6 +69,14 @@ def split_values(text: str) -> list[str]:
     return values
 
 
+def named(option: str, text: str | None) -> list[str] | None:
+    """The values that `text` names for `option`, or None where it was not given. FewbitsError when it names nothing."""
+    values = None if text is None else split_values(text)
+    if values == []:
+        raise FewbitsError(f"{option} {text!r} names nothing. Write A,B such as fp32,bf16-mixed, or leave it out.")
+    return values
+
+
 def make_variants(config: Config, precisions: Sequence[str] | None, vary: tuple[str, Sequence[str]] | None) -> Variants:
     """The variants asked for, each checked against the config as a whole. Raises FewbitsError."""
     if precisions and vary:

@@ -25,7 +25,7 @@ from fewbits.ranges import BLOCK, LOSS_HEAD, span
 
 AT_ONCE = 12  # layers that are compiled as one graph; with more, compiling takes minutes
 # Beyond these a size is a typing error, not a model (the largest public models stay a factor of 10 below).
-_LARGEST = {"vocab_size": 10_000_000, "context": 10_000_000, "n_layer": 10_000, "n_head": 10_000, "n_embd": 1_000_000}
+LARGEST = {"vocab_size": 10_000_000, "context": 10_000_000, "n_layer": 10_000, "n_head": 10_000, "n_embd": 1_000_000}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class ModelConfig:
 
     def check(self) -> ModelConfig:
         """Raises FewbitsError for a shape that cannot be built, else returns itself."""
-        for name, most in _LARGEST.items():
+        for name, most in LARGEST.items():
             value = getattr(self, name)
             least = 0 if name == "vocab_size" else 1
             if not least <= value <= most:
@@ -107,7 +107,8 @@ class ModelConfig:
             )
         if self.positions == "rope" and self.head_dim % 2:
             raise FewbitsError(
-                f"rope needs an even head width; {self.n_embd} / {self.n_head} = {self.head_dim} is odd."
+                f"rope needs an even head width; n_embd={self.n_embd} over n_head={self.n_head} is {self.head_dim}, which "
+                "is odd. Choose other sizes, or --positions learned."
             )
         for name, low, high in (("dropout", 0.0, 0.99), ("norm_eps", 0.0, 1.0), ("rope_theta", 1.0, 1e12)):
             value = getattr(self, name)

@@ -99,6 +99,8 @@ class Precision:
         previous = ""
         for part in parts:
             key, equals, value = (word.strip() for word in part.partition("="))
+            if key in changes:
+                raise FewbitsError(f"{key} is given twice in precision '{text}'. Keep one.")
             if key in (*OVERRIDES, *RECIPE_KEYS) and equals:
                 changes[key] = value
                 previous = key
@@ -253,7 +255,7 @@ def _check_layers(precision: Precision) -> None:
     if precision.layers == "auto" and precision.recipe.fake:
         raise FewbitsError(
             f"{precision.name} trains for a quantized checkpoint, whose layers no timing may choose; use layers=all, and "
-            "keep= for those that stay out."
+            "--keep for those that stay out."
         )
 
 

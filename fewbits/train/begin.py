@@ -15,7 +15,15 @@ from fewbits.train.events import Display
 from fewbits.train.execution import check_device, choose_execution, determinism
 from fewbits.train.layers import check_layers
 from fewbits.train.record import write_atomically
-from fewbits.train.resume import continued, first_choices, has_checkpoint, load_for_resume, recorded_choices, run_folder
+from fewbits.train.resume import (
+    continued,
+    first_choices,
+    has_checkpoint,
+    load_for_resume,
+    not_taken,
+    recorded_choices,
+    run_folder,
+)
 from fewbits.train.rundir import Lock, check_free, check_writable, next_free
 from fewbits.train.state import restore
 
@@ -84,6 +92,10 @@ def resumed(config: Config, path: Path, display: Display, stack: ExitStack) -> t
         checkpoint = load_for_resume(path, folder, config.train.max_steps)
         config = continued(config, checkpoint)
         choices = recorded_choices(config, checkpoint)
+        for option in not_taken(config, choices):
+            display.note(
+                f"{option} is not taken: a resumed run keeps what it began with. Leave it out, or start a new run."
+            )
     else:
         display.note(f"{folder} has no checkpoint yet: it begins again, as it began before.")
         choices = first_choices(config, folder)
@@ -93,9 +105,18 @@ def resumed(config: Config, path: Path, display: Display, stack: ExitStack) -> t
     training = build_training(config, choices, data)
     if checkpoint is not None:
         restore(training, checkpoint)
+        _remember_horizon(folder, config.train.max_steps)
     if checkpoint is not None and checkpoint.save_dtype is not None:
         display.note(f"The weights were saved in {checkpoint.save_dtype}: the run goes on, but not bit for bit.")
     return training, folder, checkpoint
+
+
+def _remember_horizon(folder: Path, max_steps: int) -> None:
+    """Writes a `max_steps` given anew into the run's config.toml, so that the next --resume goes on to it as well."""
+    file = folder / "config.toml"
+    stored = Config.from_toml(file.read_text(encoding="utf-8"), source=str(file))
+    if stored.train.max_steps != max_steps:
+        write_atomically(file, replace(stored, train=replace(stored.train, max_steps=max_steps)).to_toml())
 
 
 def eager_again(training: Training, reason: str) -> Training:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fewbits.errors import FewbitsError, nearest
-from fewbits.nn.transformer import ModelConfig
+from fewbits.nn.transformer import LARGEST, ModelConfig
 from fewbits.precision.precision import Precision
 from fewbits.train.fields import Option, limits, options_of
 
@@ -222,10 +222,11 @@ class Config:
 def options() -> dict[str, Option]:
     """Every option by dotted name, in the order of the dataclasses."""
     found = options_of(Config, "")
+    sizes = {name: limits(int(name != "vocab_size"), most) for name, most in LARGEST.items()}
     for part in fields(Config):
         group = getattr(Config(), part.name)
         if is_dataclass(group):
-            found += options_of(type(group), part.name)
+            found += options_of(type(group), part.name, sizes if isinstance(group, ModelConfig) else None)
     return {option.name: option for option in found}
 
 
@@ -292,7 +293,10 @@ def load_recipe(name_or_path: str | Path) -> Config:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise FewbitsError(f"Cannot read the recipe {text}: {reason}.") from None
+        raise FewbitsError(
+            f"Cannot read the recipe {text}: {reason}. Name a TOML file, such as a run's config.toml, or one of "
+            f"{', '.join(shipped)}."
+        ) from None
     config = Config.from_toml(content, source=text)
     return replace(config, name=path.stem) if config.name == Config.name else config
 

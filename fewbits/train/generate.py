@@ -94,5 +94,11 @@ def generate(
     model, tokenizer, chosen, place = open_model(run, device, precision)
     if tokenizer is None:
         raise FewbitsError(f"{run} holds no tokenizer.json, so its tokens cannot be written as text.")
+    broken = [name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
+    if broken:
+        raise FewbitsError(
+            f"{run} cannot continue a text: {broken[0]!r} holds NaN or infinity ({len(broken)} such tensors in all). Name a "
+            "sound checkpoint."
+        )
     with torch_switches(chosen, place):
         return prompt + sample(model, tokenizer, prompt, tokens, temperature, top_k, seed)

@@ -18,7 +18,7 @@ from fewbits.train.rundir import refuse_small, run_of
 
 # What moves no weight, or only says how far to go. Everything else stays what it was when the run began.
 FREE = {"out_dir", "max_steps", "stop_at", "log_every", "eval_every", "eval_batches", "sample_every", "sample_tokens"}
-FREE |= {"prompt", "save_every", "keep_checkpoints", "save_dtype", "device", "compile", "deterministic"}
+FREE |= {"prompt", "save_every", "keep_checkpoints", "save_dtype", "device", "compile", "deterministic", "graph"}
 FREE = {f"train.{name}" for name in FREE} | {"name", "data.cache", "precision"}
 
 
@@ -121,3 +121,13 @@ def recorded_choices(config: Config, checkpoint: Checkpoint) -> Choices:
         prepare_determinism()
     choose_device(choices.device.value)
     return choices
+
+
+def not_taken(config: Config, choices: Choices) -> list[str]:
+    """Options of `config` that ask for something else than the run's recorded choices, which hold all the same."""
+    found = []
+    if config.train.compile != "auto" and (config.train.compile == "true") != choices.compile.value:
+        found.append(f"--compile {config.train.compile}")
+    if config.train.deterministic and not choices.deterministic.value:
+        found.append("--deterministic")
+    return found

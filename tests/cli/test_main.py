@@ -71,6 +71,12 @@ def test_every_command_has_help(command, capsys):
     assert f"Usage: fewbits {command}" in capsys.readouterr().out
 
 
+def test_the_bare_command_prints_what_there_is(capsys):
+    assert run([]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("Usage: fewbits") and captured.err == ""
+
+
 def test_help_of_train_lists_every_option_and_every_converted_name(capsys):
     run(["train", "--help"])
     text = capsys.readouterr().out

@@ -172,6 +172,23 @@ def test_another_training_in_the_same_folder_is_refused_by_name(children: Childr
         compare(other, ["fp32", "bf16-mixed"], seeds=1, out_dir=tmp_path / "c", quiet=True)
 
 
+def test_the_folder_of_a_run_is_not_taken_for_a_comparison(children: Children, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text("seed = 7")
+    with pytest.raises(FewbitsError, match=r"run holds a run already"):
+        ask(tmp_path / "run")
+    assert (tmp_path / "run" / "config.toml").read_text() == "seed = 7" and not children.asked
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_what_no_run_can_do_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rounds: int) -> None:
+    refused = Ended(2, 1.0, "", "fewbits: error: No corpus 'nowhere.txt'.")
+    monkeypatch.setattr(session, "run_child", lambda *arguments: refused)
+    with pytest.raises(FewbitsError, match=r"No corpus 'nowhere\.txt'"):
+        ask(tmp_path / "c", rounds=rounds)
+    assert not (tmp_path / "c").exists()
+
+
 def test_any_option_can_be_varied(children: Children, tmp_path: Path) -> None:
     result = compare(
         replace(BASE, precision="fp32"), vary=("lr", ["1e-3", "3e-3"]), seeds=1, out_dir=tmp_path / "c", quiet=True

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from fewbits.errors import FewbitsError
 from fewbits.lab.budget import horizon, run_seconds, shorten
 from fewbits.lab.child import run_child
 from fewbits.lab.rows import make_rows, speed_row, to_csv
-from fewbits.lab.variants import Variants, split_values
+from fewbits.lab.variants import Variants, named, split_values
 from fewbits.train.config import Config
 
 
@@ -56,6 +57,12 @@ def test_csv_has_one_line_a_row_that_a_csv_reader_reads_back() -> None:
 )
 def test_values_are_split_where_a_reader_would(text: str, values: list[str]) -> None:
     assert split_values(text) == values
+
+
+def test_an_option_that_names_nothing_is_told_from_one_that_was_not_given() -> None:
+    assert named("--precisions", None) is None and named("--precisions", "fp8, layers=auto") == ["fp8,layers=auto"]
+    with pytest.raises(FewbitsError, match="--precisions '' names nothing"):
+        named("--precisions", "")
 
 
 def test_every_variant_has_a_folder_of_its_own() -> None:

@@ -109,7 +109,7 @@ def test_weights_start_the_same_from_the_same_seed_and_different_from_another():
         ({"n_embd": -4}, "must lie between"),
         ({"n_layer": 10**9}, "must lie between"),
         ({"dropout": float("nan")}, "dropout is nan"),
-        ({"n_head": 32, "positions": "rope"}, "even head width"),
+        ({"n_head": 32, "positions": "rope"}, "even head width.* is 1, which is odd. Choose"),
     ],
 )
 def test_impossible_shapes_are_refused_in_one_sentence(change, said):

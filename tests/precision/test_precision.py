@@ -88,6 +88,8 @@ def test_a_master_kind_that_is_asked_for_is_used():
         ("fp8_e4m3", "Did you mean 'fp8"),
         ("bf16, mastr=fp32", "Did you mean 'master'"),
         ("bf16, fp32", "not an override"),
+        ("bf16, master=fp32, master=split", "master is given twice"),
+        ("output=e4m3/row, output=e5m2/row", "output is given twice"),
         ("bf16, master=kahan", "not in this version"),
         ("bf16, master=spilt", "Did you mean 'split'"),
         ("fp16, master=split", "use master=fp32"),

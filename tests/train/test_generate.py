@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,6 +100,23 @@ def test_a_run_continues_its_prompt(tiny: Callable[..., Config], tmp_path: Path)
     assert shown.startswith("the ")
     assert generate(tmp_path / "run", "the ", tokens=5, device="cpu") == shown
     assert generate(tmp_path / "run" / "checkpoints" / "step-00000006", "the ", tokens=5, device="cpu") == shown
+
+
+def test_a_model_that_holds_nan_is_named_and_writes_nothing(
+    tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny(max_steps=1), quiet=True)
+    opened = generation.open_model
+
+    def spoilt(*arguments: Any) -> Any:
+        model, *rest = opened(*arguments)
+        with torch.no_grad():
+            model.blocks[0].mlp.up.weight[0, 0] = float("nan")
+        return model, *rest
+
+    monkeypatch.setattr(generation, "open_model", spoilt)
+    with pytest.raises(FewbitsError, match=r"'blocks\.0\.mlp\.up\.weight' holds NaN or infinity \(1 such"):
+        generate(tmp_path / "run", "the ", tokens=5, device="cpu")
 
 
 @pytest.mark.parametrize(

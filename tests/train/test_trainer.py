@@ -271,6 +271,21 @@ def test_a_finished_run_is_not_resumed_and_says_what_it_is(tiny: Make, tmp_path:
         train(tiny(), resume=tmp_path / "run", quiet=True)
 
 
+def test_a_run_that_was_made_longer_stays_longer(tiny: Make, tmp_path: Path) -> None:
+    train(tiny(), quiet=True)
+    train(tiny(max_steps=10, stop_at=8), resume=tmp_path / "run", quiet=True)
+    stored = Config.from_toml((tmp_path / "run" / "config.toml").read_text(encoding="utf-8"))
+    assert stored.train.max_steps == 10 and stored == replace(stored, train=replace(stored.train, stop_at=0))
+    assert train(stored, resume=tmp_path / "run", quiet=True)["steps"] == 10
+
+
+def test_a_resumed_run_says_which_options_it_does_not_take(tiny: Make, tmp_path: Path) -> None:
+    train(tiny(stop_at=2), quiet=True)
+    shown = io.StringIO()
+    train(tiny(compile="true", graph="false"), resume=tmp_path / "run", console=Console(file=shown, width=200))
+    assert "--compile true is not taken: a resumed run keeps what it began with" in shown.getvalue()
+
+
 def test_a_foreign_folder_is_not_resumed_and_says_what_is_in_it(tiny: Make, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
