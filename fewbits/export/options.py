@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -79,6 +80,11 @@ class QuantizeOptions:
                     f"There is no {what} {value!r} to quantize with.{nearest(value, known)} There are {', '.join(known)}."
                 )
         if self.granularity != "auto":
+            if not re.fullmatch(r"row|tensor|group:\d+|block\(\d+x\d+\)", self.granularity):
+                raise FewbitsError(
+                    f"There is no granularity {self.granularity!r}.{nearest(self.granularity, (ROW, 'group:128'))} "
+                    "Use row, or group:N such as group:128."
+                )
             group_width(self.granularity, 0)
         if self.plain and self.method != "nearest":
             raise FewbitsError(

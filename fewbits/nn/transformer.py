@@ -24,8 +24,18 @@ from fewbits.numerics.wide import widen
 from fewbits.ranges import BLOCK, LOSS_HEAD, span
 
 AT_ONCE = 12  # layers that are compiled as one graph; with more, compiling takes minutes
-# Beyond these a size is a typing error, not a model (the largest public models stay a factor of 10 below).
-LARGEST = {"vocab_size": 10_000_000, "context": 10_000_000, "n_layer": 10_000, "n_head": 10_000, "n_embd": 1_000_000}
+# Smallest and largest that fit. Beyond, a size is a typing error, not a model (the largest public ones stay a factor of
+# 10 below).
+LIMITS: dict[str, tuple[float, float]] = {
+    "vocab_size": (0, 10_000_000),
+    "context": (1, 10_000_000),
+    "n_layer": (1, 10_000),
+    "n_head": (1, 10_000),
+    "n_embd": (1, 1_000_000),
+    "dropout": (0.0, 0.99),
+    "norm_eps": (0.0, 1.0),
+    "rope_theta": (1.0, 1e12),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +94,8 @@ class ModelConfig:
 
     def check(self) -> ModelConfig:
         """Raises FewbitsError for a shape that cannot be built, else returns itself."""
-        for name, most in LARGEST.items():
+        for name, (least, most) in LIMITS.items():
             value = getattr(self, name)
-            least = 0 if name == "vocab_size" else 1
             if not least <= value <= most:
                 raise FewbitsError(f"model.{name} is {value}; it must lie between {least} and {most}.")
         for name in ("n_kv_head", "n_ff"):
@@ -110,10 +119,6 @@ class ModelConfig:
                 f"rope needs an even head width; n_embd={self.n_embd} over n_head={self.n_head} is {self.head_dim}, which "
                 "is odd. Choose other sizes, or --positions learned."
             )
-        for name, low, high in (("dropout", 0.0, 0.99), ("norm_eps", 0.0, 1.0), ("rope_theta", 1.0, 1e12)):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise FewbitsError(f"model.{name} is {value}; it must lie between {low} and {high}.")
         return self
 
     def parameter_count(self) -> int:

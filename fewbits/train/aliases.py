@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from fewbits.errors import FewbitsError, nearest
 from fewbits.train.config import Config, full_name, options, override, short_names
@@ -69,6 +70,11 @@ class Conversion(NamedTuple):
     """True: it may stand without a value and then means true."""
 
 
+def _value(alias: str, like: str, text: str) -> Any:
+    """The value that `text` means for an alias whose values are those of the option `like`. Raises FewbitsError."""
+    return replace(options()[like], name=alias).parse(text)
+
+
 def _precision_if_true(name: str) -> Callable[[str, Given, Config], dict[str, str]]:
     def convert(text: str, given: Given, config: Config) -> dict[str, str]:
         return {"precision": name} if _truth(text) else {}
@@ -82,7 +88,7 @@ def _dtype(text: str, given: Given, config: Config) -> dict[str, str]:
 
 
 def _min_lr(text: str, given: Given, config: Config) -> dict[str, str]:
-    least = options()["optim.lr"].parse(text)
+    least = _value("min_lr", "optim.lr", text)
     if config.optim.lr <= 0 or least > config.optim.lr:
         raise FewbitsError(f"min_lr is {text} and lr is {config.optim.lr}; the smallest cannot be above the peak.")
     return {"optim.min_lr_ratio": repr(least / config.optim.lr)}
@@ -90,7 +96,7 @@ def _min_lr(text: str, given: Given, config: Config) -> dict[str, str]:
 
 def _lr_decay_iters(text: str, given: Given, config: Config) -> dict[str, str]:
     """The horizon of the schedule is max_steps here, so a longer horizon stops before its end."""
-    horizon, steps = options()["train.max_steps"].parse(text), config.train.max_steps
+    horizon, steps = _value("lr_decay_iters", "train.max_steps", text), config.train.max_steps
     if horizon < steps:
         raise FewbitsError(
             f"lr_decay_iters={horizon} ends the schedule before the training does (max_steps={steps}). Here both end "
@@ -100,7 +106,7 @@ def _lr_decay_iters(text: str, given: Given, config: Config) -> dict[str, str]:
 
 
 def _warmup_ratio(text: str, given: Given, config: Config) -> dict[str, str]:
-    ratio = options()["optim.min_lr_ratio"].parse(text)  # a number from 0 to 1 too
+    ratio = _value("warmup_ratio", "optim.min_lr_ratio", text)  # a number from 0 to 1 too
     return {"optim.warmup_steps": str(math.ceil(ratio * config.train.max_steps))}
 
 
@@ -118,14 +124,14 @@ def _lr_scheduler_type(text: str, given: Given, config: Config) -> dict[str, str
 def _device_batch(text: str, given: Given, config: Config) -> dict[str, str]:
     if "gradient_accumulation_steps" in given:
         return {}  # the other name does the multiplication for both
-    size = options()["train.batch_size"].parse(text)
+    size = _value("per_device_train_batch_size", "train.batch_size", text)
     parts = config.train.micro_batches if "train.micro_batches" in given else 1
     return {"train.batch_size": str(size * parts), "train.micro_batches": str(parts)}
 
 
 def _accumulation(text: str, given: Given, config: Config) -> dict[str, str]:
     """There a batch size is that of one micro-batch; ours is that of the whole step."""
-    parts = options()["train.micro_batches"].parse(text)
+    parts = _value("gradient_accumulation_steps", "train.micro_batches", text)
     size = given.get("per_device_train_batch_size", given.get("train.batch_size"))
     one = options()["train.batch_size"].parse(size) if size else config.train.batch_size // config.train.micro_batches
     return {"train.batch_size": str(one * parts), "train.micro_batches": str(parts)}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fewbits.errors import FewbitsError, nearest
-from fewbits.nn.transformer import LARGEST, ModelConfig
+from fewbits.nn.transformer import LIMITS, ModelConfig
 from fewbits.precision.precision import Precision
 from fewbits.train.fields import Option, limits, options_of
 
@@ -222,7 +222,7 @@ class Config:
 def options() -> dict[str, Option]:
     """Every option by dotted name, in the order of the dataclasses."""
     found = options_of(Config, "")
-    sizes = {name: limits(int(name != "vocab_size"), most) for name, most in LARGEST.items()}
+    sizes = {name: limits(*pair) for name, pair in LIMITS.items()}
     for part in fields(Config):
         group = getattr(Config(), part.name)
         if is_dataclass(group):

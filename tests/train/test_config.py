@@ -115,6 +115,7 @@ def test_a_text_from_the_command_line_means_what_people_mean(name, text, value):
         ("n_head", "0", "n_head"),
         ("n_layer", "-1", "at least 1 and at most 10,000"),
         ("n_embd", "1e30", "at least 1 and at most 1,000,000"),
+        ("norm_eps", "nan", "a number at least 0 and at most 1"),
         ("vocab_size", "-1", "at least 0 and at most 10,000,000"),
         ("n_embd", "1000000", "parameters"),
         ("dropout", "nan", "dropout"),
@@ -249,6 +250,9 @@ def test_names_of_other_libraries_keep_their_meaning(given, expected):
         ({"lr_scheduler_type": "polynomial"}, "none of"),
         ({"lr_decay_iters": "100"}, "together"),
         ({"min_lr": "1"}, "above the peak"),
+        ({"min_lr": "nan"}, "min_lr is nan"),
+        ({"warmup_ratio": "2"}, r"^warmup_ratio is 2\.0; it must be a number at least 0 and at most 1"),
+        ({"gradient_accumulation_steps": "0"}, "^gradient_accumulation_steps is 0"),
         ({"learning_rat": "1"}, "Did you mean 'learning_rate'"),
     ],
 )
