@@ -13,6 +13,7 @@ from fewbits.errors import FewbitsError
 from fewbits.train.aliases import apply_options
 from fewbits.train.config import Config, load_recipe, override, recipes
 from fewbits.train.room import host_bytes, refuse_oversize
+from fewbits.train.rundir import is_run
 
 PROFILED = 5  # steps, where --profile has no number
 
@@ -70,6 +71,11 @@ def train(recipe: str | None, file: str | None, run: str | None, profile: int, g
 def _base(recipe: str | None, file: str | None) -> Config:
     if recipe is not None and file is not None:
         raise FewbitsError(f"RECIPE {recipe!r} and --config {file!r} were both given. Keep one.")
+    if recipe is not None and recipe not in recipes() and is_run(Path(recipe)):
+        raise FewbitsError(
+            f"{recipe!r} is a run, not a recipe. To go on with it: fewbits train --resume {recipe}; to repeat it in a new "
+            f"run: fewbits train {Path(recipe) / 'config.toml'}"
+        )
     looks_like_text = recipe is not None and (Path(recipe).suffix in (".txt", ".jsonl") or Path(recipe).is_dir())
     if looks_like_text and recipe not in recipes():
         raise FewbitsError(f"{recipe!r} is text, not a recipe. To learn it: fewbits train --data {recipe}")

@@ -197,6 +197,12 @@ def test_a_resumed_run_is_not_told_to_stop_before_where_it_is(trained, tmp_path,
     assert run(["train", "--resume", str(tmp_path)]) == 0
 
 
+def test_a_run_in_place_of_a_recipe_is_told_how_to_go_on_and_how_to_repeat_it(tmp_path, capsys):
+    (tmp_path / "config.toml").touch()
+    said = refused(capsys, "train", str(tmp_path))
+    assert f"--resume {tmp_path}" in said and f"fewbits train {tmp_path / 'config.toml'}" in said
+
+
 def test_a_model_is_the_checkpoint_that_was_named_and_a_wrong_name_leads_nowhere(tmp_path):
     (tmp_path / "config.toml").touch()
     checkpoint = tmp_path / "checkpoints" / "step-00000100"
