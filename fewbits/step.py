@@ -70,6 +70,22 @@ def real_targets(micro_batches: Sequence[MicroBatch]) -> Tensor:
     return torch.stack(counts).sum().clamp(min=1)
 
 
+def check_micro_batches(model: nn.Module, loss: Loss, micro_batches: Sequence[MicroBatch]) -> None:
+    """Raises FewbitsError for what no step can take. Nothing in it waits for a device."""
+    if isinstance(micro_batches, Mapping):
+        raise FewbitsError("a step takes a list of all its micro-batches and got one; write step([micro_batch]).")
+    if not micro_batches:
+        raise FewbitsError("a step got no micro-batches; give at least one.")
+    for micro_batch in micro_batches:
+        if "labels" not in micro_batch:
+            raise FewbitsError(
+                f"a micro-batch holds {', '.join(micro_batch) or 'nothing'} and no labels, by which a step counts its "
+                "targets; add labels, aligned with the outputs, -100 where there is none."
+            )
+        if isinstance(model, Transformer) and loss is causal_loss:  # another loss knows its own labels
+            model.check_batch(micro_batch)
+
+
 class Step:
     """`step(micro_batches)`: forward, backward, unscale, clip, update, and the loss scale, in the only right order.
 
@@ -133,8 +149,7 @@ class Step:
 
     def __call__(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
         """Takes one step over all micro-batches of it, each {"input_ids", "labels", ...} on the device of the model."""
-        if not micro_batches:
-            raise FewbitsError("a step got no micro-batches; give at least one.")
+        check_micro_batches(self.model, self.loss, micro_batches)
         if self.graph is None or ranges_are_recorded():  # what is replayed has no ranges: kernels would be nameless
             result = self._take(micro_batches)
         else:

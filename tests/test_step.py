@@ -226,6 +226,26 @@ def test_a_skipped_step_changes_no_weight_no_moment_and_not_the_count(precision)
     assert bool(step([batch()]).applied)
 
 
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda good: good, "write step"),
+        (lambda good: [{"input_ids": good["input_ids"]}], "holds input_ids and no labels"),
+        (lambda good: [{"labels": good["labels"]}], r"they are none and \[8, 16\]"),
+        (lambda good: [{**good, "labels": good["labels"][:, 1:]}], r"they are \[8, 16\] and \[8, 15\]"),
+        (lambda good: [{**good, "labels": good["labels"].float()}], "they came as torch.int64 and torch.float32"),
+        (lambda good: [{**good, "input_ids": good["input_ids"] + 1000}], r"token id 1\d+ is outside the vocabulary"),
+        (lambda good: [{**good, "input_ids": good["input_ids"] - 1000}], r"token id -\d+ is outside"),
+    ],
+)
+def test_what_no_step_can_take_is_one_sentence_and_counts_as_no_attempt(spoil, says):
+    model = fewbits.prepare(Transformer(TINY), "fp32")
+    step = Step(model, AdamW(model.parameters(), lr=1e-3), precision="fp32")
+    with pytest.raises(FewbitsError, match=says):
+        step(spoil(batch()))
+    assert step.attempts == 0
+
+
 def test_a_skipped_step_does_not_advance_the_schedule():
     model = torch.nn.Linear(1, 1, bias=False)
     step = Step(

@@ -339,6 +339,28 @@ class Transformer(nn.Module):
         hidden = self.hidden(input_ids, documents, positions)
         return widen(linear(hidden, self.head_weight, None, self.tf32))
 
+    def check_batch(self, micro_batch: Mapping[str, Tensor]) -> None:
+        """Raises FewbitsError for a micro-batch that `loss_sum` cannot take.
+
+        Whether ids lie in the vocabulary is looked up on a CPU only: elsewhere that would wait for the device.
+        """
+        ids, labels = micro_batch.get("input_ids"), micro_batch.get("labels")
+        if ids is None or labels is None or ids.shape != labels.shape or ids.dim() != 2:
+            came = " and ".join("none" if x is None else str(list(x.shape)) for x in (ids, labels))
+            raise FewbitsError(f"input_ids and labels must be [sequences, tokens], the same for both; they are {came}.")
+        if ids.is_floating_point() or labels.is_floating_point():
+            raise FewbitsError(
+                f"input_ids and labels are token ids, int64; they came as {ids.dtype} and {labels.dtype}."
+            )
+        if ids.device.type != "cpu" or not ids.numel():
+            return
+        least, most, size = int(ids.min()), int(ids.max()), self.config.vocab_size
+        if least < 0 or most >= size:
+            raise FewbitsError(
+                f"token id {least if least < 0 else most} is outside the vocabulary of {size} (0 to {size - 1}). Use the "
+                "tokenizer that the model was made for, or a larger vocab_size."
+            )
+
     def loss_sum(self, micro_batch: Mapping[str, Tensor]) -> Tensor:
         """Sum of the losses in nats over the real targets of {"input_ids", "labels", "documents"?, "positions"?}."""
         hidden = self.hidden(micro_batch["input_ids"], micro_batch.get("documents"), micro_batch.get("positions"))
