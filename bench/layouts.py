@@ -50,6 +50,12 @@ def milliseconds(call: Any) -> float:
     return sorted(times[2:])[5]
 
 
+def under(name: str, tile: tuple[int, int, int], call: Any) -> None:
+    """Calls with a tile of that activation."""
+    activation.TILES[name] = tile
+    call()
+
+
 def main() -> None:
     """Every kernel with every tile; one that does not compile is a row with its error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,13 +76,8 @@ def main() -> None:
             cases["as it is"] = partial(layouts.encode_both, given[0], scales[0], E5M2, True)
         else:
             call = partial(activation.activate_both, name, scales, E5M2 if gradient else E4M3, gradient, *given)
-            for tile in TILES[:2] if options.smoke else TILES:
-
-                def tried(tile: Any = tile, call: Any = call) -> None:
-                    activation.TILES[name] = tile  # noqa: B023
-                    call()
-
-                cases[" x ".join(map(str, tile))] = tried
+            tiles = TILES[:2] if options.smoke else TILES
+            cases = {" x ".join(map(str, tile)): partial(under, name, tile, call) for tile in tiles}
         for case, call in cases.items():
             try:
                 if options.compile:

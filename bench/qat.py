@@ -153,8 +153,8 @@ def main() -> int:
         parser.error(f"--tail {tail} must lie between 1 and --steps {a.steps}, and --seeds be 1 or more")
     groups = [word if word == "row" else f"group:{word}" for word in a.groups.split(",")]
     with tempfile.TemporaryDirectory(prefix="qat-") as folder:
-        base = {"steps": a.steps, "tail": tail, "threads": a.threads, "batches": a.batches, "tiny": a.tiny}
-        base |= {"device": a.device}
+        base = {"steps": a.steps, "tail": tail, "threads": a.threads, "batches": a.batches, "tiny": a.tiny,
+                "device": a.device}  # fmt: skip
         seeds = {seed: {**base, "seed": seed, "folder": f"{folder}/{seed}"} for seed in range(a.seeds)}
         goal = {
             f"seed {seed}, bf16-mixed": {**task, "precision": "bf16-mixed", "start": "", "keep": True}

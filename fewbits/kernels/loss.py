@@ -29,9 +29,8 @@ from fewbits.numerics.wide import wide_dtype
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ALIGNED = 64  # what the columns of a matmul are padded to: 128 bytes of 16-bit numbers, one line of the cache
 BLOCK = 4096  # columns that a program reads at a time; bench/loss_head.py times others
-_LONG = (
-    4 * BLOCK
-)  # from here on a row keeps 16 warps busy (50,304 columns on an H200: 0.59 ms instead of 0.67); 6,400 do not
+# from so many columns on a row keeps 16 warps busy (50,304 on an H200: 0.59 ms instead of 0.67); 6,400 do not
+_LONG = 4 * BLOCK
 
 
 def why_not(logits: Tensor, dtype: torch.dtype) -> str:

@@ -261,12 +261,7 @@ class Draw(NamedTuple):
         if operand.scaling not in ("delayed", "unit"):
             return quantize_both(x, *how, sums, amax)
         if role == GRADIENT and self.known and operand.scaling == "delayed" and amax is None and noting(x, operand):
-            scale = self.early(operand, role)
-            ((found, amax),) = activate_both(
-                "identity", [scale], operand.format, operand.granularity, operand.scaling, sums, x
-            )
-            self.note(amax, role)
-            return found.under(honest(scale, amax))
+            return coded("identity", [x], operand, role, [self], sums)[0]
         early, scale = self._scales(x, operand, site, role, amax)
         return encode_both(x, early, *how, sums, self.known).under(scale)
 
@@ -309,6 +304,20 @@ class Draw(NamedTuple):
         """Notes what another layer has noted of an operand that is the same."""
         if other.maxima is not None:
             self.note(other.maxima[role], role)
+
+
+def coded(
+    name: str, inputs: Sequence[Tensor], operand: Operand, role: int, draws: Sequence[Draw], sums: bool
+) -> list[Both]:
+    """The results of an activation as operands in the role, one for each draw, whose delayed scales are known: codes that are
+    written without their values, and maxima that are noted."""
+    scales = [draw.early(operand, role) for draw in draws]
+    made = activate_both(name, scales, operand.format, operand.granularity, operand.scaling, sums, *inputs)
+    found = []
+    for draw, scale, (both, amax) in zip(draws, scales, made, strict=True):
+        draw.note(amax, role)
+        found.append(both.under(honest(scale, amax)))
+    return found
 
 
 def noting(x: Tensor, operand: Operand) -> bool:

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fewbits.kernels.dispatch import activate, activate_both
+from fewbits.kernels.dispatch import activate
 from fewbits.nn.linear import Linear
-from fewbits.nn.lowbit import Draw, column_sums, gradient_codes, honest, multiply, recipe_of
+from fewbits.nn.lowbit import Draw, coded, column_sums, gradient_codes, multiply, recipe_of
 from fewbits.nn.scale_history import ACTIVATION, GRADIENT
 from fewbits.numerics.quantize import Both, Quantized
 from fewbits.precision.recipe import Operand, Recipe
@@ -150,13 +150,7 @@ def _activated(
 ) -> list[Both]:
     """The results of an activation as operands in the role, one for each draw: never written where their scales are known."""
     if operand.scaling == "delayed" and draws[0].known:
-        scales = [draw.early(operand, role) for draw in draws]
-        coded = activate_both(name, scales, operand.format, operand.granularity, operand.scaling, sums, *inputs)
-        found = []
-        for draw, scale, (both, amax) in zip(draws, scales, coded, strict=True):
-            draw.note(amax, role)
-            found.append(both.under(honest(scale, amax)))
-        return found
+        return coded(name, inputs, operand, role, draws, sums)
     values = activate(name, *inputs)
     return [
         draw.both(value, operand, site, role, sums, amax) for draw, (value, amax) in zip(draws, values, strict=True)

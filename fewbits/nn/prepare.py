@@ -8,7 +8,7 @@ linear layers multiply in few bits from then on. `unprepare` takes it all back.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -240,10 +240,16 @@ def _in_words(recipe: str, precision: Precision) -> str:
     return str(precision.replace(recipe=recipe_of(recipe), layers="all"))
 
 
-def _refuse_not_finite(model: nn.Module) -> None:
+def not_finite(model: nn.Module) -> Iterator[str]:
+    """Names of the parameters that hold NaN or infinity."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-            raise FewbitsError(f"parameter {name} holds NaN or infinity; load a sound checkpoint before preparing it.")
+            yield name
+
+
+def _refuse_not_finite(model: nn.Module) -> None:
+    if name := next(not_finite(model), None):
+        raise FewbitsError(f"parameter {name} holds NaN or infinity; load a sound checkpoint before preparing it.")
 
 
 def _swap(module: nn.Module) -> str:

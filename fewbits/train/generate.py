@@ -10,6 +10,7 @@ from torch import Tensor
 from fewbits.data.tokenizer import Tokenizer
 from fewbits.errors import FewbitsError
 from fewbits.nn.linear import linear
+from fewbits.nn.prepare import not_finite
 from fewbits.nn.transformer import Transformer
 from fewbits.precision.switches import torch_switches
 from fewbits.train.evaluate import evaluating
@@ -94,8 +95,7 @@ def generate(
     model, tokenizer, chosen, place = open_model(run, device, precision)
     if tokenizer is None:
         raise FewbitsError(f"{run} holds no tokenizer.json, so its tokens cannot be written as text.")
-    broken = [name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
-    if broken:
+    if broken := list(not_finite(model)):
         raise FewbitsError(
             f"{run} cannot continue a text: {broken[0]!r} holds NaN or infinity ({len(broken)} such tensors in all). Name a "
             "sound checkpoint."
