@@ -15,9 +15,9 @@ import fewbits
 from fewbits import AdamW, ModelConfig, Step, Transformer
 from fewbits.choice import Choice
 from fewbits.kernels import dispatch
-from fewbits.nn import mlp, transformer
+from fewbits.nn import lowbit, mlp, transformer
 from fewbits.nn.lowbit import chains, held_weights
-from fewbits.nn.scale_history import scale_history
+from fewbits.nn.scale_history import GRADIENT, scale_history
 from fewbits.numerics import activation
 from fewbits.precision.recipe import RECIPES
 
@@ -105,6 +105,28 @@ def test_one_backward_gives_the_gradients_of_layer_by_layer_bit_for_bit(config, 
             torch.testing.assert_close(mine, theirs, rtol=2.0**-7, atol=2.0**-9)
         else:
             assert torch.equal(mine, theirs), name
+
+
+@pytest.mark.parametrize("value", [None, float("inf")])
+def test_a_gradient_under_a_known_scale_is_read_once_for_codes_and_maximum(kernels, monkeypatch, value):
+    operand = RECIPES["fp8-delayed"].grad_input.left
+    grad = torch.randn(48, 80, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    if value is not None:
+        grad[40, 70] = value
+    names, kernel = [], dispatch.activate_both
+    monkeypatch.setattr(lowbit, "activate_both", lambda name, *rest: (names.append(name), kernel(name, *rest))[1])
+    found = []
+    for once in (True, False):
+        if not once:
+            monkeypatch.setattr(lowbit, "noting", lambda *_: False)
+        maxima = torch.zeros(3)
+        draw = lowbit.Draw(None, torch.tensor([3.0, 3.0, 3.0]), maxima, True)
+        both = draw.both(grad, operand, "grad_input", GRADIENT, True)
+        found.append((both.matrix.codes, both.transpose.codes, both.matrix.scale, maxima))
+    assert names == ["identity"]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one.float(), other.float(), rtol=0, atol=0, equal_nan=True)
+    assert bool(found[0][2].isnan()) == (value is not None)
 
 
 def test_only_what_nobody_listens_to_in_a_training_step_is_one_node(kernels):
