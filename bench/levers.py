@@ -3,9 +3,9 @@
     python bench/levers.py --recipe gpt2-124m --cases "precision=bf16-mixed,train.graph=false; precision=bf16-mixed" \
         --out bench/results/levers_NAME.json
 
-A case is overrides of the recipe, separated by commas, and cases by semicolons; `compile=no|blocks|auto` says how much of the
-model is compiled at once. Whole steps (forward, backward, clipping, AdamW with exact master weights) on random tokens
-that lie on the device. `--profile N` adds the N kernels that take the longest of each case.
+A case is overrides of the recipe, separated by commas, and cases by semicolons; `+` stands for the comma inside of a precision.
+`compile=no|blocks|auto` says how much of the model is compiled at once. Whole steps (forward, backward, clipping, AdamW with
+exact master weights) on random tokens that lie on the device. `--profile N` adds the N kernels that take the longest.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def build(recipe: str, case: str, device: torch.device) -> tuple[Any, int]:
         if name == "compile":
             compile = value
         else:
-            config = override(config, name, value)
+            config = override(config, name, value.replace("+", ", "))
     config = config.check()
     model, _, step = build_step(config, Precision.parse(config.precision), device, compile != "no")
     if compile == "blocks":

@@ -210,6 +210,11 @@ def _both(x: Tensor, scale: Tensor, format: Format, granularity: Granularity, sc
     return Both.of(Quantized(codes, scale, format, granularity, scales), codes_t, found)
 
 
+def turned(codes: Tensor) -> Tensor:
+    """The transpose of a matrix of fp8 codes: row by row where the kernels of layouts.py write it, else a view."""
+    return layouts.turn(codes) if layouts_execution(codes.device).value == "kernel" else codes.t()
+
+
 def in_layouts(x: Tensor, format: Format, granularity: Granularity, rounding: str, scales: str) -> bool:
     """Whether the kernels of layouts.py make the codes of a matrix, in compiled code or together with others."""
     # the classes of a compiler have plain memory behind them, others (shards of a tensor) may not

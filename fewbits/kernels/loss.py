@@ -19,11 +19,14 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import FewbitsError
+from fewbits.formats import Format
 from fewbits.kernels.dispatch import probed
+from fewbits.kernels.layouts import _constants
 from fewbits.kernels.quantize import installed
 from fewbits.numerics.loss import IGNORE, Pieces, piece_rows
 from fewbits.numerics.loss import softmax_gradient as definition
 from fewbits.numerics.loss import softmax_losses as losses_definition
+from fewbits.numerics.quantize import carrier
 from fewbits.numerics.wide import wide_dtype
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -69,6 +72,17 @@ def softmax_gradient(
     return _launch(logits_NV, gradient_NV, labels_N, factor.float(), block, warps), gradient_NV
 
 
+def softmax_codes(
+    logits_NV: Tensor, labels_N: Tensor, factor: Tensor, scale: Tensor, format: Format
+) -> tuple[Tensor, Tensor]:
+    """`softmax_codes` of numerics/loss.py by the same kernel: losses [N] fp32 and codes [N, V], rows a multiple of 64 apart
+    with zeros beside them. format: fp8; scale: fp32 [1, 1], a power of two."""
+    _refuse(logits_NV, logits_NV.dtype)
+    N, V = logits_NV.shape
+    codes_NV = aligned_rows(N, V, carrier(format), logits_NV.device)
+    return _launch(logits_NV, codes_NV, labels_N, factor.float(), 0, 0, scale, format), codes_NV
+
+
 def softmax_losses(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     """`softmax_losses` of numerics/loss.py by the same kernel, which then reads the logits once: fp32 [N]."""
     _refuse(logits_NV, logits_NV.dtype)
@@ -76,18 +90,27 @@ def softmax_losses(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
 
 
 def _launch(
-    logits: Tensor, gradient: Tensor | None, labels: Tensor, factor: Tensor | None, block: int, warps: int
+    logits: Tensor,
+    gradient: Tensor | None,
+    labels: Tensor,
+    factor: Tensor | None,
+    block: int,
+    warps: int,
+    scale: Tensor | None = None,
+    format: Format | None = None,
 ) -> Tensor:
     from fewbits.kernels.loss_triton import softmax_gradient_kernel
 
     (N, V), written = logits.shape, logits if gradient is None else gradient
     warps = warps or (16 if V >= _LONG else 8)
     losses = torch.empty(N, dtype=torch.float32, device=logits.device)
+    mantissa, lowest, limit = (0, 0, 0) if format is None else _constants(format)
     if N:
         softmax_gradient_kernel[(N,)](
             logits, written, losses, labels.contiguous(), losses if factor is None else factor,
-            logits.stride(0), written.stride(0),
-            V=V, IGNORE=IGNORE, GRADIENT=gradient is not None, BLOCK=block or BLOCK, num_warps=warps,
+            losses if scale is None else scale, logits.stride(0), written.stride(0),
+            V=V, IGNORE=IGNORE, GRADIENT=gradient is not None, BLOCK=block or BLOCK, CODES=format is not None,
+            mantissa=mantissa, lowest=lowest, limit=limit, NATIVE=logits.is_cuda, num_warps=warps,
         )  # fmt: skip
     return losses
 
@@ -107,13 +130,13 @@ def aligned_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.devi
     return wider[:, :columns]
 
 
-def _padded(weight_VD: Tensor) -> Tensor:
+def padded(weight_VD: Tensor) -> Tensor:
     """The weight with rows of zeros up to a multiple of 64, itself where it has as many."""
     missing = -len(weight_VD) % _ALIGNED
     return torch.nn.functional.pad(weight_VD.detach(), (0, 0, 0, missing)) if missing else weight_VD
 
 
-def _with_padding(gradient: Tensor, columns: int) -> Tensor:
+def with_padding(gradient: Tensor, columns: int) -> Tensor:
     """The matrix of so many columns whose first are `gradient`, zero beside them: in its own memory where that is so wide."""
     rows, mine = gradient.shape
     if mine == columns:
@@ -194,7 +217,7 @@ class DeviceHead:
         width = self.logits_dtype.itemsize
         width += 0 if self.kernel and width == dtype.itemsize else dtype.itemsize
         rows = piece_rows(N, V, "cuda", width)
-        weight_WD = _padded(weight_VD)
+        weight_WD = padded(weight_VD)
         W, entering_DW = weight_WD.shape[0], self._entering(weight_WD).t()
         losses_N, grad_hidden_ND = hidden_ND.new_empty(N, dtype=wide), torch.empty_like(hidden_ND)
         grad_weight_WD = torch.empty_like(weight_WD, dtype=wide if rows < N else dtype)
@@ -206,7 +229,7 @@ class DeviceHead:
             hidden = hidden_ND[piece]
             logits = multiply(self._entering(hidden), entering_DW, logits_PW[: len(hidden)])[:, :V]
             losses_N[piece], gradient = self.pieces(logits, labels_N[piece], factor, dtype)
-            gradient_PW = _with_padding(gradient, W)
+            gradient_PW = with_padding(gradient, W)
             multiply(gradient_PW, weight_WD, grad_hidden_ND[piece])
             multiply(gradient_PW.t(), hidden, grad_weight_WD, add=start > 0)
             del gradient, gradient_PW
@@ -216,7 +239,7 @@ class DeviceHead:
         """Losses [N] from logits that are not rounded."""
         N, V, wide = labels_N.shape[0], weight_VD.shape[0], wide_dtype(hidden_ND.dtype)
         rows = piece_rows(N, V, "cuda", wide.itemsize)
-        weight_WD = _padded(weight_VD)
+        weight_WD = padded(weight_VD)
         logits_PW = hidden_ND.new_empty(min(rows, N), weight_WD.shape[0], dtype=wide)
         one_row = softmax_losses if self.kernel else losses_definition
         losses_N = hidden_ND.new_empty(N, dtype=wide)

@@ -16,12 +16,17 @@ except ImportError:  # kernels/loss.py says so before it comes here
         return function or jit
 
 
+from fewbits.kernels.quantize_triton import _fp8, _inverse_power
+
+
 @jit
 def softmax_gradient_kernel(
-    logits, gradient, losses, labels, factor, stride, gradient_stride,
-    V: tl.constexpr, IGNORE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    logits, gradient, losses, labels, factor, scale, stride, gradient_stride,
+    V: tl.constexpr, IGNORE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, CODES: tl.constexpr,
+    mantissa: tl.constexpr, lowest: tl.constexpr, limit: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """losses [N] fp32 and, for GRADIENT, gradient [N, V] of factor * sum(losses), which may be the memory of the logits.
+    """losses [N] fp32 and, for GRADIENT, gradient [N, V] of factor * sum(losses), which may be the memory of the logits; for
+    CODES its fp8 codes under `scale`, a power of two, in memory of their own.
 
     logits [N, V] with columns side by side, rows `stride` apart; labels int64, factor one fp32 number. A row whose label is
     IGNORE is not read: its loss and its gradient are 0. A label outside of 0 .. V - 1 makes the loss NaN. V is compiled in:
@@ -36,7 +41,7 @@ def softmax_gradient_kernel(
     if label == IGNORE:
         tl.store(losses + row, 0.0)
         if GRADIENT:
-            zero = tl.zeros((BLOCK,), tl.float32).to(gradient.dtype.element_ty)
+            zero = _rounded(tl.zeros((BLOCK,), tl.float32), gradient, CODES, mantissa, lowest, limit, NATIVE)
             for start in range(0, whole, BLOCK):
                 tl.store(gradient + start + columns, zero)
             tl.store(gradient + whole + columns, zero, mask=whole + columns < V)
@@ -56,16 +61,31 @@ def softmax_gradient_kernel(
         tl.store(losses + row, (largest - target) + tl.log(total_of_row))
         if GRADIENT:
             weight = tl.load(factor)
+            if CODES:  # the power of two once, not for every element: exact, but for what vanishes in any fp8 format
+                weight = weight * _inverse_power(tl.load(scale))
             share = weight / total_of_row
             for start in range(0, whole, BLOCK):
                 x = tl.load(logits + start + columns).to(tl.float32)
                 out = _gradient_of(x - largest, share, start + columns == label, weight)
-                tl.store(gradient + start + columns, out.to(gradient.dtype.element_ty))
+                out = _rounded(out, gradient, CODES, mantissa, lowest, limit, NATIVE)
+                tl.store(gradient + start + columns, out)
             if whole < V:
                 inside = whole + columns < V
                 x = tl.load(logits + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
                 out = _gradient_of(x - largest, share, whole + columns == label, weight)
-                tl.store(gradient + whole + columns, out.to(gradient.dtype.element_ty), mask=inside)
+                out = _rounded(out, gradient, CODES, mantissa, lowest, limit, NATIVE)
+                tl.store(gradient + whole + columns, out, mask=inside)
+
+
+@jit
+def _rounded(
+    x, gradient, CODES: tl.constexpr, mantissa: tl.constexpr, lowest: tl.constexpr, limit: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
+    """fp32 as elements of `gradient`."""
+    if CODES:
+        return _fp8(x, gradient, mantissa, lowest, limit, NATIVE)
+    return x.to(gradient.dtype.element_ty)
 
 
 @jit

@@ -18,7 +18,7 @@ from fewbits.lab.ceilings import Ceilings
 from fewbits.nn.transformer import ModelConfig
 from fewbits.precision.hardware import Hardware, native_matmul
 from fewbits.precision.precision import Precision
-from fewbits.precision.recipe import MATMULS
+from fewbits.precision.recipe import MATMULS, RECIPES, Recipe
 from fewbits.train.attribution import (
     ATTENTION_PART,
     COPIES,
@@ -87,14 +87,16 @@ def _moved(count: int, why: str, ceilings: Ceilings) -> Floor:
 def _matmuls(
     model: ModelConfig, tokens: int, precision: Precision, hardware: Hardware, operand: Format, ceilings: Ceilings
 ) -> Floor:
-    """Three matmuls for every linear layer, each in the format it runs in; the head in the working one."""
+    """Three matmuls for every linear layer, each in the format it runs in; the head in the working one, or fp8."""
     weights = model.n_layer * sum(k * o for k, o in block_weights(model))
-    flops: dict[str, float] = {operand.name: 3 * 2.0 * tokens * model.vocab_size * model.n_embd}
-    for name in MATMULS:
-        matmul = getattr(precision.recipe, name)
-        few = matmul is not None and native_matmul(matmul, hardware).value
-        format = matmul.left.format.name if few else operand.name
-        flops[format] = flops.get(format, 0.0) + 2.0 * tokens * weights
+    head = RECIPES["fp8"] if precision.head == "fp8" else Recipe()
+    flops: dict[str, float] = {}
+    for recipe, multiplied in ((head, model.vocab_size * model.n_embd), (precision.recipe, weights)):
+        for name in MATMULS:
+            matmul = getattr(recipe, name)
+            few = matmul is not None and native_matmul(matmul, hardware).value
+            format = matmul.left.format.name if few else operand.name
+            flops[format] = flops.get(format, 0.0) + 2.0 * tokens * multiplied
     seconds = sum(count / ceilings.matmul_rate(format) for format, count in flops.items())
     shown = " and ".join(
         f"{count / 1e12:,.3g} TFLOP in {format} at {ceilings.matmul_rate(format) / 1e12:,.4g} TFLOP/s"

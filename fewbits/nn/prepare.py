@@ -86,13 +86,15 @@ def prepare(
 
     Raises:
         FewbitsError: the model is prepared or quantized already, a pattern matches nothing, a parameter cannot be
-            rounded, no layer is left for the recipe, or `layers` are not those of the model. The model is then unchanged.
+            rounded, no layer is left for the recipe, `layers` are not those of the model, or it has no loss head for
+            head=fp8. The model is then unchanged.
     """
     precision = Precision.parse(precision) if isinstance(precision, str) else precision
     if (before := getattr(model, "fewbits_precision", None)) is not None:
         raise FewbitsError(f"the model is prepared as {before} already; prepare a fresh model as {precision}.")
     refuse_packed(model, f"be prepared as {precision}")
     plan = make_plan(model, precision, keep)
+    _refuse_head(model, plan)
     _refuse_not_finite(model)
     chosen = choices(plan, layers)
     change = _Change(Report(precision), {}, _Undo(), {id(p): name for name, p in model.named_parameters()})
@@ -145,7 +147,9 @@ def _prepare_whole(model: nn.Module, precision: Precision, change: _Change) -> N
     """What a model does around its modules: cast its inputs, emulate, know its logits."""
     if isinstance(model, Transformer):
         model.tf32 = precision.operand.name == "tf32"
-        model.logits = precision.logits
+        model.logits, model.head_format = precision.logits, precision.head
+        if precision.head == "fp8":
+            change.report.rows.append(("loss head", "matmuls", "fp8", f"asked for; {precision.working} in evaluation"))
     if precision.recipe:
         for function in (fake_linear,) if precision.recipe.fake else (lowbit_linear, lowbit_mlp):
             let_compilers_in(function)
@@ -210,7 +214,7 @@ def unprepare(model: nn.Module, optimizer: Any = None) -> nn.Module:
     for hook in undo.hooks:
         hook.remove()
     if isinstance(model, Transformer):
-        model.tf32, model.logits = False, "auto"
+        model.tf32, model.logits, model.head_format = False, "auto", "working"
     for name in ("fewbits_precision", "fewbits_report", "fewbits_remainders", "fewbits_undo"):
         model.__dict__.pop(name, None)
     return model
@@ -238,6 +242,20 @@ def _in_words(recipe: str, precision: Precision) -> str:
     if recipe == str(precision.recipe):
         return str(precision)
     return str(precision.replace(recipe=recipe_of(recipe), layers="all"))
+
+
+def _refuse_head(model: nn.Module, plan: Plan) -> None:
+    if plan.precision.head == "working":
+        return
+    if not isinstance(model, Transformer):
+        raise FewbitsError(
+            f"head={plan.precision.head} changes the loss head of fewbits.Transformer; this {type(model).__name__} makes its "
+            "logits itself. Leave it out."
+        )
+    name = "embed" if model.head is None else "head"
+    if name in plan.exceptions:
+        format, reason = plan.exceptions[name]
+        raise FewbitsError(f"head={plan.precision.head} contradicts {format} for '{name}' ({reason}). Leave one out.")
 
 
 def not_finite(model: nn.Module) -> Iterator[str]:

@@ -260,7 +260,7 @@ class Transformer(nn.Module):
         self._run_evaluate: Callable[..., Tensor] = _evaluate_block
         self._pieces: Pieces | None = None
         self.tf32 = False
-        self.logits = "auto"  # as Precision.logits
+        self.logits, self.head_format = "auto", "working"  # as Precision.logits and Precision.head
         self._initialize(seed)
 
     @torch.no_grad()
@@ -366,4 +366,6 @@ class Transformer(nn.Module):
         hidden = self.hidden(micro_batch["input_ids"], micro_batch.get("documents"), micro_batch.get("positions"))
         pieces = self._pieces if self.training else None
         with span(LOSS_HEAD):
-            return loss_sum(hidden, self.head_weight, micro_batch["labels"], self.tf32, pieces, self.logits)
+            return loss_sum(
+                hidden, self.head_weight, micro_batch["labels"], self.tf32, pieces, self.logits, self.head_format
+            )

@@ -19,7 +19,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fewbits.formats import Format
 from fewbits.numerics.matmul import onednn_bf16, operand
+from fewbits.numerics.quantize import encode
+from fewbits.numerics.scaling import Granularity, power_of_two_scale
 from fewbits.numerics.wide import wide_dtype, widen
 
 IGNORE = -100  # label of a position that is no target: torch's convention
@@ -27,6 +30,10 @@ IGNORE = -100  # label of a position that is no target: torch's convention
 Pieces = Callable[[Tensor, Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
 """(logits [N, V], labels [N], factor 0-d, dtype) -> (losses [N], gradient [N, V] in dtype), as `softmax_gradient`. The
 logits are the callee's afterwards: it may write the gradient over them."""
+
+Gradients = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""(hidden [N, D], weight [V, D], labels [N], factor 0-d) -> (losses [N], gradient of hidden, gradient of weight) of
+`factor * sum(losses)`."""
 
 _FACTOR: ContextVar[Tensor | None] = ContextVar("gradient_factor", default=None)
 
@@ -103,6 +110,23 @@ def softmax_gradient(logits_NV: Tensor, labels_N: Tensor, factor: Tensor, dtype:
     return torch.where(real_N, losses_N, 0.0), gradient_NV.mul_(weight_N1).to(dtype)
 
 
+def gradient_scale(factor: Tensor, format: Format) -> Tensor:
+    """The scale under which `format` holds any gradient of `factor * sum(losses)` with respect to logits: fp32 [1, 1].
+
+    A probability less a one or a zero is at most 1 in magnitude, so it is known before the logits are. NaN where the factor is
+    not finite.
+    """
+    return power_of_two_scale(factor.abs().float().view(1, 1), format.max)
+
+
+def softmax_codes(
+    logits_NV: Tensor, labels_N: Tensor, factor: Tensor, scale: Tensor, format: Format
+) -> tuple[Tensor, Tensor]:
+    """`softmax_gradient` with the gradient as codes under a `gradient_scale`, rounded once from fp32: losses, codes [N, V]."""
+    losses_N, gradient_NV = softmax_gradient(logits_NV, labels_N, factor, torch.float32)
+    return losses_N, encode(gradient_NV, scale, format, Granularity(), scales="power-of-two")
+
+
 class _Product:
     """How this head multiplies: logits are fp32, and the sum over tokens that is the weight gradient is fp32 until it ends.
 
@@ -176,8 +200,10 @@ class _Head:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, factor: Tensor, head: Twin) -> Tensor:
-        losses_N, grad_hidden_ND, grad_weight_VD = head.gradients(hidden_ND, weight_VD, labels_N, factor)
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, factor: Tensor, make: Gradients
+    ) -> Tensor:
+        losses_N, grad_hidden_ND, grad_weight_VD = make(hidden_ND, weight_VD, labels_N, factor)
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, factor)
         return losses_N.sum()
 
@@ -212,6 +238,7 @@ def linear_cross_entropy(
     logits: torch.dtype | None = None,
     pieces: Pieces = softmax_gradient,
     twin: Twin | None = None,
+    gradients: Gradients | None = None,
 ) -> Tensor:
     """Sum over real targets of the cross entropy of `hidden @ weight.T`, 0-d, in nats, fp32 (fp64 for fp64).
 
@@ -224,6 +251,7 @@ def linear_cross_entropy(
         logits: what logits are rounded to from their fp32 sums while gradients are asked for; None leaves them as they are.
         pieces: `softmax_gradient`, or a compiled twin of it.
         twin: what runs instead of all that: a head with the same losses and gradients.
+        gradients: what makes the losses that are trained on and their gradients in another precision, if anything does.
     """
     training = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
     head = twin or _Head(_Product(weight_VD, tf32, native_bf16, logits if training else None), pieces)
@@ -231,4 +259,4 @@ def linear_cross_entropy(
         return head.losses(hidden_ND, weight_VD, labels_N).sum()
     announced, wide = _FACTOR.get(), wide_dtype(hidden_ND.dtype)
     factor = torch.ones((), dtype=wide, device=hidden_ND.device) if announced is None else announced.to(wide)
-    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, factor, head)  # type: ignore[no-any-return, no-untyped-call]
+    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, factor, gradients or head.gradients)  # type: ignore[no-any-return, no-untyped-call]

@@ -35,6 +35,9 @@ class Precision:
     logits: what the logits of the head are rounded to, once, from their fp32 sums, before the gradient is made of them (the
         softmax itself runs in the reduction format; evaluation takes fp32 logits): "fp32", "fp16" or "bf16"; "auto" is fp16
         on CUDA where the working weight has 16 bits, else the reduction format.
+    head: how the three matmuls of the loss head multiply in training: "working", in the format of its weight, or "fp8": e4m3
+        hidden states and weight, e5m2 gradient of the logits, a power of two each, as the recipe fp8 multiplies.
+        Evaluation and generation take the working format.
     recipe: how the matmuls of linear layers multiply in few bits; empty where they do not.
     layers: which linear layers the recipe takes: "all" that it can, or "auto": each shape multiplies as fast as a timing on
         this device shows that it can, by the whole recipe, a part of it, or in the working format (`choose_layers`).
@@ -52,6 +55,7 @@ class Precision:
     update_rounding: str = "nearest"
     loss_scale: str = "none"
     logits: str = "auto"
+    head: str = "working"
     recipe: Recipe = field(default_factory=Recipe)
     layers: str = "all"
 
@@ -59,6 +63,7 @@ class Precision:
         object.__setattr__(self, "loss_scale", write(*read(self.loss_scale)))
         _check_master(self)
         _check_logits(self)
+        _check_head(self)
         wide = "fp64" if self.working.name == "fp64" else "fp32"
         if self.moments != wide:
             raise FewbitsError(f"{self.name} keeps its moments in {wide} in this version, not '{self.moments}'.")
@@ -207,13 +212,15 @@ def _precision(
     )
 
 
-SCHEMA = "fewbits.precision/3"
+SCHEMA = "fewbits.precision/4"
 ADDED = {  # by an earlier schema -> the fields that came since, as they were then
-    "fewbits.precision/1": {"recipe": "", "logits": "auto", "layers": "all"},
-    "fewbits.precision/2": {"logits": "auto", "layers": "all"},
+    "fewbits.precision/1": {"recipe": "", "logits": "auto", "layers": "all", "head": "working"},
+    "fewbits.precision/2": {"logits": "auto", "layers": "all", "head": "working"},
+    "fewbits.precision/3": {"head": "working"},
 }
-OVERRIDES = ("master", "moments", "update_rounding", "loss_scale", "logits", "layers")
+OVERRIDES = ("master", "moments", "update_rounding", "loss_scale", "logits", "head", "layers")
 LOGITS = ("auto", "fp32", "fp16", "bf16")
+HEADS = ("working", "fp8")
 LAYERS = ("all", "auto")
 RECIPE_KEYS = (*MATMULS, "accumulate")
 
@@ -279,6 +286,18 @@ def _check_logits(precision: Precision) -> None:
         raise FewbitsError(f"{precision.name} has fp32 logits; logits={logits} goes with 16-bit working weights.")
     if logits == "bf16" and working == "fp16":
         raise FewbitsError("bf16 logits of fp16 weights would lose 3 bits and win none; use logits=fp16.")
+
+
+def _check_head(precision: Precision) -> None:
+    if precision.head not in HEADS:
+        raise FewbitsError(
+            f"There is no head '{precision.head}'.{nearest(precision.head, HEADS)} Use {', '.join(HEADS)}."
+        )
+    if precision.head == "fp8" and precision.working.bits != 16:
+        raise FewbitsError(
+            f"{precision.name} multiplies its head in {precision.operand}; head=fp8 goes with 16-bit working weights, as in "
+            "'bf16-mixed, head=fp8'."
+        )
 
 
 PRECISIONS: dict[str, Precision] = {

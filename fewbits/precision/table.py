@@ -6,7 +6,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from fewbits.precision.hardware import Hardware, describe, native, native_matmul
-from fewbits.precision.recipe import MATMULS, Matmul
+from fewbits.precision.recipe import MATMULS, RECIPES, Matmul
 
 if TYPE_CHECKING:
     from fewbits.precision.precision import Precision
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 Row = tuple[str, str, str]
 KEPT = "embedding, head, router, norms, linear layers whose sides are not divisible by 16 or that are too small to gain"
 KEPT_FAKE = "embedding, head, router, norms, linear layers whose inputs the group does not divide"
+HEAD = "e4m3 x e4m3, gradient of the logits e5m2, tensor scales (power-of-two), weight gradient summed in fp32"
 AUTO = "each shape in the recipe, a part of it, or 16 bits: what a timing here shows to be at least 2 % faster than 16 bits"
 
 _MASTER_WHERE = {
@@ -36,6 +37,7 @@ def table(precision: Precision, report: object | None = None, device: object | N
     lines += [("gradients", str(precision.gradient), "parameters' .grad; several micro-batches accumulate in "
                + str(precision.reduction))]  # fmt: skip
     lines += [("logits", precision.logits, _logits_reason(precision))]
+    lines += [("head", "fp8", f"{HEAD}, {precision.working} in evaluation")] if precision.head == "fp8" else []
     lines += [_kept(precision, report)]
     lines += [("layers", "auto", AUTO)] if precision.layers == "auto" else []
     sums = "softmax, norm statistics, loss, weight-gradient sums, accumulation"
@@ -158,7 +160,7 @@ def _loss_scale_reason(precision: Precision) -> str:
 
 
 def _runs(precision: Precision, hardware: Hardware) -> Row:
-    if precision.recipe:
+    if precision.recipe or precision.head == "fp8":
         return ("runs", "", f"on {hardware}: {_runs_lowbit(precision, hardware)}")
     answer = native(precision.operand, hardware)
     how = "native" if answer.value else "emulated" if hardware.kind == "cpu" else "refused"
@@ -172,4 +174,9 @@ def _runs_lowbit(precision: Precision, hardware: Hardware) -> str:
     for name, matmul in zip(MATMULS, precision.recipe.matmuls, strict=True):
         value, reason = native(precision.operand, hardware) if matmul is None else native_matmul(matmul, hardware)
         alike.setdefault(f"{'native' if value else 'emulated'} (why: {reason})", []).append(name)
+    if precision.head == "fp8":
+        output = RECIPES["fp8"].output
+        assert output is not None
+        value, reason = native_matmul(output, hardware)
+        alike.setdefault(f"{'native' if value else 'emulated'} (why: {reason})", []).append("head")
     return "; ".join(f"{', '.join(names)} {how}" for how, names in alike.items())

@@ -8,12 +8,15 @@ import pytest
 import torch
 
 import fewbits
+from fewbits.formats import Format
 from fewbits.kernels import dispatch
 from fewbits.kernels import loss as kernel
+from fewbits.kernels.head import fp8_gradients
 from fewbits.kernels.loss import DeviceHead, aligned_rows, multiply
 from fewbits.nn.head import loss_sum
 from fewbits.numerics import loss as definition
 from fewbits.numerics.loss import gradient_factor, linear_cross_entropy
+from fewbits.numerics.quantize import quantize
 
 pytestmark = pytest.mark.gpu
 
@@ -61,6 +64,37 @@ def test_the_kernel_is_the_definition_in_fp64(logits_dtype, dtype, V):
         torch.testing.assert_close(found.double(), exact[0], rtol=2.0**-20, atol=2.0**-19)
     least = 2.0**-21 * float(factor) + (2.0**-25 if dtype == FP16 else 0)  # and half of the smallest fp16
     torch.testing.assert_close(gradient.double(), exact[1], rtol=HALF_ULP[dtype], atol=least)
+
+
+@pytest.mark.parametrize("V", [50304, 50257, 6400, 300], ids=str)
+def test_codes_of_the_gradient_are_those_of_the_definition(V):
+    logits, labels = case(FP16, V=V)
+    fmt, factor = Format.parse("fp8_e5m2"), torch.tensor(0.37, device="cuda")
+    scale = definition.gradient_scale(factor, fmt)
+    losses, codes = definition.softmax_codes(logits.clone(), labels, factor, scale, fmt)
+    ours, mine = kernel.softmax_codes(logits, labels, factor, scale, fmt)
+    torch.testing.assert_close(ours, losses, rtol=2.0**-20, atol=2.0**-19)
+    # fp32 values that are 2^-19 apart have other codes when a boundary lies between them: one in 2^16, a step of 2^-2
+    assert float((mine.float() != codes.float()).float().mean()) < 2.0**-14
+    torch.testing.assert_close(mine.float(), codes.float(), rtol=2.0**-2, atol=fmt.smallest_subnormal)
+
+
+@pytest.mark.parametrize(("N", "V"), [(4096, 50257), (1024, 6400), (1000, 320)], ids=str)
+def test_an_fp8_head_multiplies_the_codes_of_its_operands_in_fp8(N, V):
+    hidden, weight = torch.randn(N, 256, device="cuda").to(BF16), (0.1 * torch.randn(V, 256, device="cuda")).to(BF16)
+    labels = torch.randint(V, (N,), device="cuda")
+    factor = torch.tensor(1 / N, device="cuda")
+    found = fp8_gradients(hidden, weight, labels, factor, logits=FP16, kernel=True)
+    x, w = (quantize(matrix, "fp8_e4m3").dequantize() for matrix in (hidden, weight))
+    fmt = Format.parse("fp8_e5m2")
+    scale = definition.gradient_scale(factor, fmt)
+    losses, codes = definition.softmax_codes((x @ w.t()).half(), labels, factor, scale, fmt)
+    g = codes.float() * scale
+    # logits to 8: half an ulp of fp16 is 2^-9, and Hopper's fast accumulation keeps 14 bits of a sum, 2^-11 of 8
+    torch.testing.assert_close(found[0], losses, rtol=0, atol=2.0**-7)
+    # a logit that is off by 2^-8 moves one code in 2^6 to its neighbour; in sums of hundreds that is 2^-8 of their norm
+    for mine, exact in ((found[1], g @ w), (found[2], g.t() @ x)):
+        assert float((mine.float() - exact).norm() / exact.norm()) < 2.0**-6
 
 
 @pytest.mark.parametrize("block", [2048, 16384])

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 import fewbits
-from fewbits import ModelConfig, Transformer
+from fewbits import FewbitsError, ModelConfig, Transformer
 from fewbits.kernels import dispatch
 from fewbits.nn.head import loss_sum
+from fewbits.numerics import loss as loss_definition
+from fewbits.numerics.loss import gradient_factor
+from fewbits.numerics.quantize import quantize
 
 CPU = torch.device("cpu")
 
@@ -62,3 +65,90 @@ def test_a_head_kept_in_fp32_takes_hidden_states_in_bf16():
     labels = torch.randint(30, (2, 8))
     loss_sum(hidden, weight, labels, False, None).backward()
     assert hidden.grad.dtype == torch.bfloat16 and weight.grad.dtype == torch.float32
+
+
+def gradients_of(head, hidden, weight, labels, factor=2.0**-5):
+    """(loss sum, gradient of hidden, gradient of weight) in fp64, as a step announces its factor."""
+    a, b = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    factor = torch.tensor(factor)
+    with gradient_factor(factor):
+        total = loss_sum(a, b, labels, False, None, head=head)
+    total.backward(factor)
+    return total.detach().double(), a.grad.double(), b.grad.double()
+
+
+def fp8_case(B=3, T=40, V=70, D=32):
+    hidden, weight = torch.randn(B, T, D).bfloat16(), (0.3 * torch.randn(V, D)).bfloat16()
+    labels = torch.randint(V, (B, T))
+    labels[:, ::7] = -100
+    return hidden, weight, labels
+
+
+@pytest.mark.parametrize("piece_bytes", [8 << 20, 1 << 12], ids=["two pieces", "many"])
+def test_an_fp8_head_multiplies_the_codes_of_its_operands(monkeypatch, piece_bytes):
+    monkeypatch.setitem(loss_definition._PIECE_BYTES, "cpu", piece_bytes)
+    hidden, weight, labels = fp8_case()
+    found = gradients_of("fp8", hidden, weight, labels)
+    x, w = (quantize(matrix.reshape(-1, 32), "fp8_e4m3").dequantize(torch.float64) for matrix in (hidden, weight))
+    flat, factor = labels.reshape(-1), torch.tensor(2.0**-5).double()
+    losses, gradient = loss_definition.softmax_gradient(x @ w.t(), flat, factor, torch.float64)
+    # p - 1 is at most 1, so 2^-5 is the largest magnitude that codes are made for: exactly 2^15 of them, below 57,344
+    codes = (gradient.float() * 2.0**20).to(torch.float8_e5m2).double() * 2.0**-20
+    assert float(found[0]) == pytest.approx(float(losses.sum()), rel=1e-6)
+    # fp32 sums of 70 and of 120 products; and a code of a gradient whose fp32 value is an ulp off may be its neighbour
+    # (2^-2), which happens to one of 10^5: none here. Then gradients are rounded to bf16, 2^-9.
+    torch.testing.assert_close(found[1].view(-1, 32), codes @ w, rtol=2.0**-8, atol=1e-8)
+    torch.testing.assert_close(found[2], codes.t() @ x, rtol=2.0**-8, atol=1e-8)
+    assert not torch.equal(found[2], gradients_of("working", hidden, weight, labels)[2])
+
+
+def test_an_fp8_head_is_the_working_one_within_its_formats():
+    hidden, weight, labels = fp8_case(8, 128, 509, 64)
+    exact, found = (gradients_of(head, hidden, weight, labels) for head in ("working", "fp8"))
+    assert float(found[0]) == pytest.approx(float(exact[0]), rel=2e-3)
+    for mine, other in zip(found[1:], exact[1:], strict=True):
+        # e4m3 and e5m2 round by up to 2^-4 and 2^-3, evenly spread by 2.5 % and 5 % in the mean, independent of one another
+        assert float((mine - other).norm() / other.norm()) < 0.09
+
+
+def test_an_announced_factor_scales_the_gradients_of_an_fp8_head_and_changes_nothing_else():
+    hidden, weight, labels = fp8_case()
+    one, scaled = (gradients_of("fp8", hidden, weight, labels, factor) for factor in (2.0**-5, 2.0**11))
+    assert torch.equal(one[1] * 2**16, scaled[1]) and torch.equal(one[2] * 2**16, scaled[2])
+
+
+@pytest.mark.parametrize("bad", ["hidden", "weight"])
+def test_an_operand_that_is_not_finite_makes_a_loss_of_an_fp8_head_that_is_not(bad):
+    hidden, weight, labels = fp8_case()
+    (hidden if bad == "hidden" else weight).view(-1)[5] = torch.inf
+    assert not gradients_of("fp8", hidden, weight, labels)[0].isfinite()
+
+
+def test_tokens_without_labels_have_no_gradient_in_fp8():
+    hidden, weight, labels = fp8_case()
+    _, grad_hidden, grad_weight = gradients_of("fp8", hidden, weight, torch.full_like(labels, -100))
+    assert not grad_hidden.any() and not grad_weight.any()
+
+
+def test_prepare_hands_the_head_of_the_precision_to_the_model_and_says_so():
+    from fewbits.nn.prepare import unprepare
+
+    for tied in (True, False):
+        config = ModelConfig(vocab_size=61, context=16, n_layer=1, n_head=2, n_embd=16, tied=tied)
+        ids = torch.randint(61, (2, 16))
+        batch = {"input_ids": ids, "labels": ids}
+        plain, model = (fewbits.prepare(Transformer(config), p) for p in ("bf16", "bf16, head=fp8"))
+        assert model.loss_sum(batch).item() != plain.loss_sum(batch).item()
+        with torch.no_grad():  # evaluation takes the working format
+            assert model.loss_sum(batch).item() == plain.loss_sum(batch).item()
+        assert ("loss head", "matmuls", "fp8", "asked for; bf16 in evaluation") in model.fewbits_report.rows
+        assert unprepare(model).head_format == "working"
+        with pytest.raises(FewbitsError, match="contradicts"):
+            fewbits.prepare(Transformer(config), "bf16, head=fp8", keep=["embed=fp32" if tied else "head=fp32"])
+
+
+def test_a_model_that_makes_its_own_logits_is_refused_an_fp8_head_and_left_alone():
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32))
+    with pytest.raises(FewbitsError, match="Sequential makes its logits itself"):
+        fewbits.prepare(model, "bf16, head=fp8")
+    assert type(model[0]) is torch.nn.Linear and model[0].weight.dtype == torch.float32

@@ -18,6 +18,7 @@ TEXTS = [
     "bf16-mixed, logits=fp16",
     "fp16-mixed, logits=fp32",
     "fp8, logits=bf16",
+    "fp8-delayed, head=fp8",
     "bf16-mixed, master=fp32, loss_scale=dynamic:initial=1024,interval=100,floor=0.5",
 ]
 
@@ -105,6 +106,8 @@ def test_a_master_kind_that_is_asked_for_is_used():
         ("bf16, logits=fp61", "Did you mean 'fp16'"),
         ("fp32, logits=fp16", "16-bit working weights"),
         ("fp64, logits=fp32", "fp64 logits"),
+        ("bf16, head=fp16", "no head 'fp16'"),
+        ("fp32, head=fp8", "16-bit working weights"),
         ("fp16, logits=bf16", "use logits=fp16"),
         ("fp16, loss_scale=dynamc", "Did you mean 'dynamic'"),
         ("fp16, loss_scale=dynamic:intervall=5", "Did you mean 'interval'"),
@@ -135,8 +138,10 @@ def test_a_stored_precision_that_is_none_is_refused(stored):
 
 def test_what_earlier_versions_stored_is_read():
     for name in ("bf16-mixed", "fp32", "fp16-true", "fp8"):
-        stored = {k: v for k, v in PRECISIONS[name].to_json().items() if k not in ("layers", "logits")}
+        stored = {k: v for k, v in PRECISIONS[name].to_json().items() if k not in ("layers", "logits", "head")}
         assert Precision.from_json({**stored, "schema": "fewbits.precision/2"}) == PRECISIONS[name]
+        third = {**stored, "layers": "all", "logits": "auto", "schema": "fewbits.precision/3"}
+        assert Precision.from_json(third) == PRECISIONS[name]
         if name != "fp8":
             del stored["recipe"]
             assert Precision.from_json({**stored, "schema": "fewbits.precision/1"}) == PRECISIONS[name]

@@ -52,6 +52,13 @@ def test_it_says_which_masters_and_which_loss_scale_and_why():
     assert "runs" not in Precision.parse("fp32").table()
 
 
+def test_it_says_what_an_fp8_head_multiplies_and_where():
+    shown = Precision.parse("bf16, head=fp8").table(device="cpu")
+    assert "e5m2" in row(shown, "head") and "bf16 in evaluation" in row(shown, "head")
+    assert "head emulated" in row(shown, "runs")
+    assert "\nhead " not in Precision.parse("bf16").table()
+
+
 def test_it_says_what_logits_are_rounded_to_and_where():
     assert "fp16 on CUDA, rounded once" in row(Precision.parse("bf16").table(), "logits")
     assert "fp32, as their sums are" in row(Precision.parse("fp16, logits=fp32").table(), "logits")

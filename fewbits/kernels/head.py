@@ -1,0 +1,65 @@
+"""The loss head in fp8: three matmuls of codes, and between them the softmax in fp32.
+
+Hidden states and weight are e4m3 under a power of two each, from their largest magnitudes; the gradient of the logits is e5m2
+under one that is known before there are logits (`gradient_scale`), so that one kernel reads logits and writes codes. The
+matmuls are those of the recipe fp8 (formats as in Micikevicius et al. 2022, arXiv 2209.05433): in fp8 where the device has it,
+elsewhere of the exact values of the codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fewbits.kernels.dispatch import quantize_both, turned
+from fewbits.kernels.loss import padded, softmax_codes, with_padding
+from fewbits.kernels.matmul import scaled_matmul
+from fewbits.numerics.loss import gradient_scale, piece_rows
+from fewbits.numerics.loss import softmax_codes as definition
+from fewbits.numerics.quantize import Both, Quantized
+from fewbits.numerics.wide import wide_dtype
+from fewbits.precision.recipe import RECIPES, Operand
+
+_CODES = 2  # bytes that the codes of a gradient take, one in each layout
+
+
+def fp8_gradients(
+    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, factor: Tensor, *, logits: torch.dtype, kernel: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses [N] fp32, gradient of hidden, gradient of weight) of `factor * sum(losses)`, as `Gradients` says.
+
+    logits: what their fp32 sums are rounded to, once. kernel: whether `softmax_codes` of kernels/loss.py reads them, else its
+    definition. The gradient of the weight is summed in fp32 over all tokens and rounded once. An operand that is not finite
+    makes losses that are not.
+    """
+    output, grad_input, grad_weight = RECIPES["fp8"].matmuls
+    assert output is not None and grad_input is not None and grad_weight is not None
+    N, V, dtype, wide = labels_N.shape[0], weight_VD.shape[0], hidden_ND.dtype, wide_dtype(hidden_ND.dtype)
+    hidden, weight = _both(hidden_ND, output.left), _both(padded(weight_VD), output.right)
+    W, operand, make = len(weight.matrix.codes), grad_input.left, softmax_codes if kernel else definition
+    scale = gradient_scale(factor, operand.format)
+    losses_N, grad_hidden_ND = hidden_ND.new_empty(N, dtype=wide), torch.empty_like(hidden_ND)
+    grad_weight_WD = hidden_ND.new_zeros(W, hidden_ND.shape[1], dtype=wide)
+    rows = piece_rows(N, V, hidden_ND.device.type, logits.itemsize + _CODES)
+    for start in range(0, N, rows):
+        piece = slice(start, start + rows)
+        left, right = (
+            replace(q, codes=q.codes[at]) for q, at in ((hidden.matrix, piece), (hidden.transpose, (..., piece)))
+        )
+        logits_PV = scaled_matmul(left, weight.matrix, output.accumulator, logits)[:, :V]
+        losses_N[piece], codes_PV = make(logits_PV, labels_N[piece], factor, scale, operand.format)
+        del logits_PV
+        codes_PW = with_padding(codes_PV, W)
+        gradient = Quantized(codes_PW, scale, operand.format, operand.granularity, operand.scaling)
+        grad_hidden_ND[piece] = scaled_matmul(gradient, weight.transpose, grad_input.accumulator, dtype)
+        gradient = replace(gradient, codes=turned(codes_PW))
+        del codes_PV, codes_PW
+        grad_weight_WD += scaled_matmul(gradient, right, grad_weight.accumulator, wide)
+        del gradient
+    return losses_N, grad_hidden_ND, grad_weight_WD[:V].to(weight_VD.dtype)
+
+
+def _both(x: Tensor, operand: Operand) -> Both:
+    return quantize_both(x, operand.format, operand.granularity, operand.rounding, 0, operand.scaling)
