@@ -22,7 +22,7 @@ from fewbits.numerics.quantize import Both, Quantized
 from fewbits.numerics.wide import wide_dtype
 from fewbits.precision.recipe import RECIPES, Operand
 
-_CODES = 2  # bytes that the codes of a gradient take, one in each layout
+_CODES = 1  # byte of a gradient beside its logit: the codes of the other layout take the memory of the logits
 
 
 def fp8_gradients(
@@ -41,7 +41,7 @@ def fp8_gradients(
     W, operand, make = len(weight.matrix.codes), grad_input.left, softmax_codes if kernel else definition
     scale = gradient_scale(factor, operand.format)
     losses_N, grad_hidden_ND = hidden_ND.new_empty(N, dtype=wide), torch.empty_like(hidden_ND)
-    grad_weight_WD = hidden_ND.new_zeros(W, hidden_ND.shape[1], dtype=wide)
+    grad_weight_WD: Tensor | None = None
     rows = piece_rows(N, V, hidden_ND.device.type, logits.itemsize + _CODES)
     for start in range(0, N, rows):
         piece = slice(start, start + rows)
@@ -56,8 +56,11 @@ def fp8_gradients(
         grad_hidden_ND[piece] = scaled_matmul(gradient, weight.transpose, grad_input.accumulator, dtype)
         gradient = replace(gradient, codes=turned(codes_PW))
         del codes_PV, codes_PW
-        grad_weight_WD += scaled_matmul(gradient, right, grad_weight.accumulator, wide)
-        del gradient
+        product_WD = scaled_matmul(gradient, right, grad_weight.accumulator, wide)
+        grad_weight_WD = product_WD if grad_weight_WD is None else grad_weight_WD.add_(product_WD)
+        del gradient, product_WD
+    if grad_weight_WD is None:  # no token at all
+        return losses_N, grad_hidden_ND, torch.zeros_like(weight_VD)
     return losses_N, grad_hidden_ND, grad_weight_WD[:V].to(weight_VD.dtype)
 
 
