@@ -32,7 +32,8 @@ from fewbits.numerics.wide import wide_dtype
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ALIGNED = 64  # what the columns of a matmul are padded to: 128 bytes of 16-bit numbers, one line of the cache
 BLOCK = 4096  # columns that a program reads at a time; bench/loss_head.py times others
-# from so many columns on a row keeps 16 warps busy (50,304 on an H200: 0.59 ms instead of 0.67); 6,400 do not
+# from so many columns on a row keeps 16 warps busy (50,304 on an H200: 0.59 ms instead of 0.67), 32 where it becomes codes
+# (0.48 instead of 0.55); 6,400 do not
 _LONG = 4 * BLOCK
 
 
@@ -102,7 +103,7 @@ def _launch(
     from fewbits.kernels.loss_triton import softmax_gradient_kernel
 
     (N, V), written = logits.shape, logits if gradient is None else gradient
-    warps = warps or (16 if V >= _LONG else 8)
+    warps = warps or (8 if V < _LONG else 16 if format is None else 32)
     losses = torch.empty(N, dtype=torch.float32, device=logits.device)
     mantissa, lowest, limit = (0, 0, 0) if format is None else _constants(format)
     if N:

@@ -25,7 +25,7 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"^triton_(tem|mm)_", MATMUL),
     (r"^triton_(poi|red|per|for|spl|mix)_.*(log_softmax|nll_loss|cross_entropy)", LOSS_PART),
     (r"^triton_(poi|red|per|for|spl|mix)_", ELEMENTWISE),
-    (r"flash|fmha|sdpa|attention|attn|compute_dq", ATTENTION_PART),
+    (r"flash|fmha|sdpa|attention|attn|compute_dq|compute_dot_do_o|convert_dq", ATTENTION_PART),
     (r"layer_?norm|rms_?norm|group_?norm|GammaBeta|RowwiseMoments", ELEMENTWISE),
     (r"gemm|nvjet|cutlass|xmma|matmul|gemv|splitk|scaled_mm|(^|_)mm(_|$)|cublas(?!.*memset)", MATMUL),
     (r"soft_?max|nll_?loss|cross_?entropy|(^|_)loss", LOSS_PART),

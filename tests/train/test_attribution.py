@@ -28,6 +28,9 @@ from fewbits.train.attribution import (
 KERNELS = [
     ("nvjet_tst_256x128_64x4_1x2_h_bz_coopA_NTT", MATMUL, "bf16", True),
     ("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_TNT", MATMUL, "bf16", True),
+    ("nvjet_sm90_qrsss_128x128_128x6_1x2_h_bz_coopA_algo2_TNT", MATMUL, "fp8", True),
+    ("void cudnn::fusion::compute_dot_do_o_specialized<true, 64>(void const*, void const*)", ATTENTION_PART, None, False),
+    ("void cudnn::fusion::convert_dq_to_16bits<true>(void const*, void*)", ATTENTION_PART, None, False),
     ("nvjet_hsh_192x192_64x4_2x1_v_bz_coopB_NNT", MATMUL, "fp16", True),
     ("nvjet_qqtst_128x256_128x4_2x1_v_bz_TNT", MATMUL, "fp8", True),
     ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1", MATMUL, "bf16", True),
