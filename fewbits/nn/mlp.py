@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewbits.kernels.dispatch import activate
-from fewbits.nn.linear import Linear
+from fewbits.nn.linear import Linear, unheard
 from fewbits.nn.lowbit import Draw, coded, column_sums, gradient_codes, multiply, recipe_of
 from fewbits.nn.scale_history import ACTIVATION, GRADIENT
 from fewbits.numerics.quantize import Both, Quantized
@@ -51,8 +51,7 @@ def together(layers: Sequence[Linear], x: Tensor) -> bool:
             and layer.recipe == first.recipe
             and _known(layer) == _known(first)
             and layer.weight.requires_grad
-            and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
-            and not layer._backward_pre_hooks
+            and unheard(layer)
             for layer in layers
         )
     )
@@ -91,7 +90,7 @@ class _LowBitMLP(torch.autograd.Function):
         parts, output = _split(flat), recipe_of(text).output
         assert output is not None
         down, draws = parts[-1], [Draw(None, part.largest, part.maxima, known) for part in parts]
-        left, turned, _ = draws[0].both(x.reshape(-1, x.shape[-1]), output.left, "output", ACTIVATION)
+        left, turned, _ = draws[0].both([x.reshape(-1, x.shape[-1])], output.left, "output", ACTIVATION)
         for draw in draws[1:-1]:  # the same input, so the same maxima, in every step since the first
             draw.copy_note(draws[0], ACTIVATION)
         inner = [
@@ -117,7 +116,7 @@ class _LowBitMLP(torch.autograd.Function):
         draws = [Draw(None, largest, maxima, ctx.known) for _, _, largest, maxima in weights]
         biased = [dtype is not None for dtype in ctx.biases]
         grad_NO = grad.reshape(-1, grad.shape[-1])
-        left, rows, sums = gradient_codes(draws[-1], grad_NO, recipe, (True, True), biased[-1])
+        left, rows, sums = gradient_codes(draws[-1], [grad_NO], recipe, (True, True), biased[-1])
         assert left is not None and rows is not None and recipe.grad_input is not None
         grads: list[Tensor | None] = [None] * (_SIZE * count)
         grads[-_SIZE] = _grad_weight(rows, h_codes, h_scale, recipe, ctx.dtype)
@@ -153,5 +152,5 @@ def _activated(
         return coded(name, inputs, operand, role, draws, sums)
     values = activate(name, *inputs)
     return [
-        draw.both(value, operand, site, role, sums, amax) for draw, (value, amax) in zip(draws, values, strict=True)
+        draw.both([value], operand, site, role, sums, amax) for draw, (value, amax) in zip(draws, values, strict=True)
     ]
