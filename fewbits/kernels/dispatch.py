@@ -228,10 +228,12 @@ def _both(
 
 def largest(parts: Sequence[Tensor], granularity: Granularity) -> Tensor:
     """`block_amax` of a matrix, or of matrices side by side, more than one where the granularity is that of the tensor."""
-    # the kernel reads what lies in memory already once; a compiler may find the maxima where it makes the parts
-    by_kernel = len(parts) > 1 and parts[0].is_cuda and not _traced(parts[0])
-    amax = cuda_twin.block_amax if by_kernel else block_amax
-    return reduce(torch.maximum, (amax(part, granularity) for part in parts))
+    if len(parts) == 1:
+        return block_amax(parts[0], granularity)
+    if parts[0].is_cuda and not _traced(parts[0]):
+        return reduce(torch.maximum, (cuda_twin.block_amax(part, granularity) for part in parts))
+    # row by row over all of them, so that a compiler has one kernel for parts of one width, and one number to find at the end
+    return reduce(torch.maximum, (part.abs().amax(1) for part in parts)).amax().float().view(1, 1)
 
 
 def in_layouts(
