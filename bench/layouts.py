@@ -1,6 +1,7 @@
-"""Codes in both layouts, by the tile of a program: `activate_both` of every activation and `encode_both`, in TB/s.
+"""Codes in both layouts, by the tile of a program: `activate_both` of every activation and `encode_both`, in TB/s: its codes
+and sums, of one matrix and of three side by side, and with the largest magnitude ("maximum").
 
-    OUT=/tmp python bench/layouts.py [--only gelu,identity] [--compile]      # a GPU; 40 s
+    OUT=/tmp python bench/layouts.py [--only gelu,maximum] [--compile]       # a GPU; 60 s
     python bench/layouts.py --smoke                                          # tiny matrices, the interpreter, writes nothing
 
 A tile is rows x columns x warps. Bytes are those that must be moved: every input once in bf16, and two codes for every
@@ -25,7 +26,7 @@ from fewbits.formats import Format  # noqa: E402
 from fewbits.kernels import activation, layouts  # noqa: E402
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-SHAPES = {"gelu": (32768, 3072), "swiglu": (16384, 5632), "identity": (32768, 2304), "encode_both": (32768, 2304)}
+SHAPES = {"gelu": (32768, 3072), "swiglu": (16384, 5632), "codes": (32768, 2304), "maximum": (32768, 2304)}
 TILES = (
     (128, 128, 8), (128, 128, 4), (64, 128, 8), (64, 128, 4), (128, 64, 8), (128, 64, 4), (64, 64, 4), (64, 64, 2),
     (32, 128, 4), (256, 32, 4), (256, 64, 8), (32, 64, 2),
@@ -51,8 +52,11 @@ def milliseconds(call: Any) -> float:
 
 
 def under(name: str, tile: tuple[int, int, int], call: Any) -> None:
-    """Calls with a tile of that activation."""
-    activation.TILES[name] = tile
+    """Calls with a tile of that activation, or of `encode_both`."""
+    if name in activation.NAMES:
+        activation.TILES[name] = tile
+    else:
+        layouts.TILES[name] = (tile,)
     call()
 
 
@@ -61,23 +65,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--only", default="encode_both," + ",".join(activation.NAMES))
+    parser.add_argument("--only", default=",".join((*layouts.TILES, *activation.NAMES)))
     options = parser.parse_args()
     rows: dict[str, Any] = {}
     for name in options.only.split(","):
-        shape = (128, 256) if options.smoke else SHAPES[name.removesuffix("_backward")]
+        shape = (128, 384) if options.smoke else SHAPES[name.removesuffix("_backward")]
         takes, makes = activation.NAMES.get(name, (1, 1))
         given = [torch.randn(shape, device=DEVICE).to(torch.bfloat16) for _ in range(takes)]
         scales = [torch.ones(1, 1, device=DEVICE)] * makes
         moved = shape[0] * shape[1] * (2 * takes + 2 * makes)
-        gradient = name in ("identity", "encode_both") or name.endswith("backward")
-        cases: dict[str, Any] = {}
-        if name == "encode_both":
-            cases["as it is"] = partial(layouts.encode_both, given[0], scales[0], E5M2, True)
+        gradient = name.endswith("backward")
+        calls: dict[str, Any] = {}
+        if name in activation.NAMES:
+            calls[""] = partial(activation.activate_both, name, scales, E5M2 if gradient else E4M3, gradient, *given)
         else:
-            call = partial(activation.activate_both, name, scales, E5M2 if gradient else E4M3, gradient, *given)
-            tiles = TILES[:2] if options.smoke else TILES
-            cases = {" x ".join(map(str, tile)): partial(under, name, tile, call) for tile in tiles}
+            thirds = [part.contiguous() for part in given[0].chunk(3, 1)]
+            for label, parts in (("", given), ("three parts, ", thirds)):
+                calls[label] = partial(layouts.encode_both, parts, scales[0], E5M2, True, name == "maximum")
+        tiles = TILES[:2] if options.smoke else TILES
+        cases = {
+            label + " x ".join(map(str, tile)): partial(under, name, tile, call)
+            for label, call in calls.items()
+            for tile in tiles
+        }
         for case, call in cases.items():
             try:
                 if options.compile:
@@ -87,7 +97,7 @@ def main() -> None:
                 rows[f"{name}, {case}"] = {"ms": round(ms, 4), "tb_per_s": round(moved / ms / 1e9, 3)}
             except Exception as error:  # one that does not fit into the chip
                 rows[f"{name}, {case}"] = {"error": str(error).splitlines()[0][:120]}
-            print(f"{name:16s} {case:24s} {rows[f'{name}, {case}']}", flush=True)
+            print(f"{name:16s} {case:28s} {rows[f'{name}, {case}']}", flush=True)
     if not (options.smoke or options.compile):
         save("layouts_h200" if CUDA else "layouts", {"rows": rows, "shapes": {k: list(v) for k, v in SHAPES.items()}})
 

@@ -112,7 +112,7 @@ def check() -> dict[str, Any]:
             take(path)
 
             def work(x: torch.Tensor, fmt: Any = fmt) -> Any:
-                q, t, _ = dispatch.quantize_both(x, fmt, Granularity(), "nearest-even", 0, "power-of-two", True)
+                q, t, _ = dispatch.quantize_both([x], fmt, Granularity(), "nearest-even", 0, "power-of-two", True)
                 return q.codes, t.codes, q.scale
 
             torch.compiler.allow_in_graph(work)

@@ -18,13 +18,9 @@ from fewbits.formats import Format
 from fewbits.kernels.layouts import _constants, _interpreted
 from fewbits.numerics.quantize import carrier
 
-NAMES = {"identity": (1, 1), "gelu": (1, 1), "gelu_backward": (2, 1), "swiglu": (2, 1), "swiglu_backward": (3, 2)}
-"""Name -> how many tensors it takes, and how many it makes. "identity", for `activate_both` alone, is `encode_both` that also
-finds the largest magnitude."""
-TILES = {
-    "identity": (128, 64, 4), "gelu": (32, 128, 4), "gelu_backward": (32, 64, 2), "swiglu": (32, 128, 4),
-    "swiglu_backward": (64, 64, 4),
-}  # fmt: skip
+NAMES = {"gelu": (1, 1), "gelu_backward": (2, 1), "swiglu": (2, 1), "swiglu_backward": (3, 2)}
+"""Name -> how many tensors it takes, and how many it makes."""
+TILES = {"gelu": (32, 128, 4), "gelu_backward": (32, 64, 2), "swiglu": (32, 128, 4), "swiglu_backward": (64, 64, 4)}
 """Rows, columns and warps of a program of `activate_both`, the fastest of bench/layouts.py on an H200."""
 _BLOCK = 4096  # elements a program: two loads of 16 bytes a thread and tensor
 
@@ -116,7 +112,6 @@ def _activate_both(
         a, inputs[min(1, takes - 1)], inputs[-1], scales[0], scales[last], codes, codes_t, parts if sums else scales[0],
         amax, R, C, across, last * R * C, last * down * C,
         mantissa=mantissa, lowest=lowest, limit=limit, GATED=name.startswith("swiglu"),
-        BACKWARD=name.endswith("backward"), IDENTITY=name == "identity", SUMS=sums,
-        BM=BM, BN=BN, NATIVE=a.is_cuda, num_warps=warps,
+        BACKWARD=name.endswith("backward"), SUMS=sums, BM=BM, BN=BN, NATIVE=a.is_cuda, num_warps=warps,
     )  # fmt: skip
     return codes, codes_t, parts, amax

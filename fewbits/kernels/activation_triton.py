@@ -15,7 +15,7 @@ except ImportError:  # kernels/activation.py is not asked then
         return function or jit
 
 
-from fewbits.kernels.quantize_triton import _fp8, _inverse_power, _load, _store_both
+from fewbits.kernels.quantize_triton import _fp8, _inverse_power, _load, _magnitude, _store_both
 
 
 @jit
@@ -47,11 +47,11 @@ def activate_kernel(
 def activate_both_kernel(
     a, b, c, scale, scale_2, codes, codes_t, sums, amax, R, C, tiles_c, next_codes, next_sums,
     mantissa: tl.constexpr, lowest: tl.constexpr, limit: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr,
-    IDENTITY: tl.constexpr, SUMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NATIVE: tl.constexpr,
+    SUMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """`activate_kernel` under scales known before, matrices [R, C] row by row: instead of the values their fp8 codes in both
     layouts, and for SUMS the sums of the columns of every BM rows, fp32 [tiles down, C]. The second result lies next_codes and
-    next_sums elements behind the first. IDENTITY: the values are those of a."""
+    next_sums elements behind the first."""
     program = tl.program_id(0)
     r0 = (program // tiles_c).to(tl.int64) * BM
     c0 = (program % tiles_c).to(tl.int64) * BN
@@ -62,10 +62,7 @@ def activate_both_kernel(
         y = _load(b, r0, c0, R, C, C, 1, BM, BN)
     if GATED and BACKWARD:
         z = _load(c, r0, c0, R, C, C, 1, BM, BN)
-    one = x
-    two = x
-    if not IDENTITY:
-        one, two = _activation(x, y, z, GATED, BACKWARD)
+    one, two = _activation(x, y, z, GATED, BACKWARD)
     place = (program // tiles_c) * C
     one = one.to(a.dtype.element_ty).to(tl.float32)
     _give(one, scale, codes, codes_t, sums + place, amax, r0, c0, R, C, mantissa, lowest, limit, SUMS, BM, BN, NATIVE)
@@ -88,12 +85,6 @@ def _give(
         tl.store(sums + columns, tl.sum(tile, axis=0), mask=columns < C)
     out = _fp8(tile * _inverse_power(tl.load(scale)), codes, mantissa, lowest, limit, NATIVE)
     _store_both(out, codes, codes_t, r0, c0, R, C, BM, BN)
-
-
-@jit
-def _magnitude(x):
-    """Bits of magnitudes in fp32: they order as integers, infinity and NaN above all."""
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @jit

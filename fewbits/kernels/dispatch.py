@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import reduce
 from types import ModuleType
 
 import torch
@@ -173,41 +174,48 @@ def layouts_execution(device: torch.device) -> Choice:
 
 
 def quantize_both(
-    x: Tensor, format: Format, granularity: Granularity, rounding: str, seed: Key, scales: str, sums: bool = False,
-    amax: Tensor | None = None,
+    parts: Sequence[Tensor], format: Format, granularity: Granularity, rounding: str, seed: Key, scales: str,
+    sums: bool = False, amax: Tensor | None = None,
 ) -> Both:  # fmt: skip
     """`quantize` of a matrix and of its transpose in the same codes: each row by row where a kernel makes them, else views of
-    one another. sums: the sums of the columns too, where they come with the reading. amax: the largest magnitude, fp32
-    [1, 1], of one who knows it, where the granularity is that of the tensor."""
-    arguments = (x, format, granularity, rounding, seed, scales)
-    if _traced(x) or amax is not None:
-        if in_layouts(x, format, granularity, rounding, scales):
-            scale = scale_of(block_amax(x, granularity) if amax is None else amax, format, scales)
-            return _both(x, scale, format, granularity, scales, sums)
+    one another. parts: matrices side by side, more than one where `in_layouts` says so. sums: the sums of the columns too,
+    where they come with the reading. amax: the largest magnitude, fp32 [1, 1], of one who knows it, where the granularity is
+    that of the tensor."""
+    x = parts[0]
+    if len(parts) > 1 or _traced(x) or amax is not None:
+        if in_layouts(parts, format, granularity, rounding, scales):
+            scale = scale_of(largest(parts, granularity) if amax is None else amax, format, scales)
+            return _both(parts, scale, format, granularity, scales, sums)[0]
     elif (twin := _twin(x, format, rounding, scales)) is not None:
         with span(QUANTIZE):
-            return Both(*twin.quantize_both(*arguments))
-    return Both.of(quantize(*arguments))
+            return Both(*twin.quantize_both(x, format, granularity, rounding, seed, scales))
+    (x,) = parts
+    return Both.of(quantize(x, format, granularity, rounding, seed, scales))
 
 
 def encode_both(
-    x: Tensor, scale: Tensor, format: Format, granularity: Granularity, rounding: str, seed: Key, scales: str,
-    sums: bool = False, early: bool = False,
+    parts: Sequence[Tensor], scale: Tensor, format: Format, granularity: Granularity, rounding: str, seed: Key,
+    scales: str, sums: bool = False, early: bool = False,
 ) -> Both:  # fmt: skip
     """`quantize_both` under a given scale. early: it was known before x, so that a compiler can write the codes in the kernel
     that makes x, and not x; where the sums are wanted x has to be read anyway."""
-    if in_layouts(x, format, granularity, rounding, scales):
-        if not (early and _traced(x) and not sums):
-            return _both(x, scale, format, granularity, scales, sums)
-        codes = definition.encode(x, scale, format, granularity, scales=scales)
+    if in_layouts(parts, format, granularity, rounding, scales):
+        if len(parts) > 1 or sums or not (early and _traced(parts[0])):
+            return _both(parts, scale, format, granularity, scales, sums)[0]
+        codes = definition.encode(parts[0], scale, format, granularity, scales=scales)
         return Both.of(Quantized(codes, scale, format, granularity, scales), layouts.turn(codes))
+    (x,) = parts
     codes = definition.encode(x, scale, format, granularity, rounding, seed, scales)
     return Both.of(Quantized(codes, scale, format, granularity, scales))
 
 
-def _both(x: Tensor, scale: Tensor, format: Format, granularity: Granularity, scales: str, sums: bool) -> Both:
-    codes, codes_t, found = layouts.encode_both(x, scale, format, sums)
-    return Both.of(Quantized(codes, scale, format, granularity, scales), codes_t, found)
+def encode_noting(
+    parts: Sequence[Tensor], scale: Tensor, format: Format, granularity: Granularity, scales: str, sums: bool
+) -> tuple[Both, Tensor]:
+    """`encode_both` of what `in_layouts` allows, and the largest magnitude, fp32 [1, 1], from the same reading."""
+    both, amax = _both(parts, scale, format, granularity, scales, sums, True)
+    assert amax is not None
+    return both, amax
 
 
 def turned(codes: Tensor) -> Tensor:
@@ -215,12 +223,35 @@ def turned(codes: Tensor) -> Tensor:
     return layouts.turn(codes) if layouts_execution(codes.device).value == "kernel" else codes.t()
 
 
-def in_layouts(x: Tensor, format: Format, granularity: Granularity, rounding: str, scales: str) -> bool:
-    """Whether the kernels of layouts.py make the codes of a matrix, in compiled code or together with others."""
+def _both(
+    parts: Sequence[Tensor], scale: Tensor, format: Format, granularity: Granularity, scales: str, sums: bool,
+    maximum: bool = False,
+) -> tuple[Both, Tensor | None]:  # fmt: skip
+    codes, codes_t, found, amax = layouts.encode_both(parts, scale, format, sums, maximum)
+    return Both.of(Quantized(codes, scale, format, granularity, scales), codes_t, found), amax
+
+
+def largest(parts: Sequence[Tensor], granularity: Granularity) -> Tensor:
+    """`block_amax` of a matrix, or of matrices side by side, more than one where the granularity is that of the tensor."""
+    if len(parts) == 1:
+        return block_amax(parts[0], granularity)
+    if parts[0].is_cuda and not _traced(parts[0]):
+        return reduce(torch.maximum, (cuda_twin.block_amax(part, granularity) for part in parts))
+    # row by row over all of them, so that a compiler has one kernel for parts of one width, and one number to find at the end
+    return reduce(torch.maximum, (part.abs().amax(1) for part in parts)).amax().float().view(1, 1)
+
+
+def in_layouts(
+    parts: Sequence[Tensor], format: Format, granularity: Granularity, rounding: str, scales: str
+) -> bool:  # fmt: skip
+    """Whether the kernels of layouts.py make the codes of a matrix, or of matrices side by side, in compiled code or together
+    with others."""
     # the classes of a compiler have plain memory behind them, others (shards of a tensor) may not
-    plain = type(x) in (Tensor, torch.nn.Parameter) or type(x).__name__ in ("FakeTensor", "FunctionalTensor")
-    kernel = plain and layouts_execution(x.device).value == "kernel"
-    return kernel and not layouts.why_not(x, format, granularity, rounding, scales)
+    plain = all(
+        type(x) in (Tensor, torch.nn.Parameter) or type(x).__name__ in ("FakeTensor", "FunctionalTensor") for x in parts
+    )
+    kernel = plain and layouts_execution(parts[0].device).value == "kernel"
+    return kernel and not any(layouts.why_not(x, format, granularity, rounding, scales) for x in parts)
 
 
 def activation_execution(device: torch.device) -> Choice:

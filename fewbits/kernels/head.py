@@ -65,4 +65,4 @@ def fp8_gradients(
 
 
 def _both(x: Tensor, operand: Operand) -> Both:
-    return quantize_both(x, operand.format, operand.granularity, operand.rounding, 0, operand.scaling)
+    return quantize_both([x], operand.format, operand.granularity, operand.rounding, 0, operand.scaling)

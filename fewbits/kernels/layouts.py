@@ -11,6 +11,7 @@ import math
 import struct
 from collections.abc import Sequence
 from functools import cache, lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,10 @@ TILE = (
     128,
     128,
 )  # elements of bf16 in 64 registers of each of 256 threads; both layouts are written 128 bytes at a time
+TILES = {"codes": ((*TILE, 8), (128, 64, 4)), "maximum": ((128, 64, 4),)}
+"""Rows, columns and warps of a program of `encode_both`, without and with the largest magnitude, in order of speed
+(bench/layouts.py on an H200): the first whose columns divide where parts begin is taken."""
+_MOST = 3  # matrices side by side that a kernel reads
 _ALIGNED = 256  # bytes between the codes of two weights: a compiled graph copies inputs whose address is odd to it
 SCALE_STRIDE = 4  # numbers from one scale to the next, for the same reason: 16 bytes
 
@@ -39,13 +44,25 @@ def why_not(x: Tensor, format: Format, granularity: Granularity, rounding: str, 
     return why_no_codes(x, format, rounding)
 
 
-def encode_both(x: Tensor, scale: Tensor, format: Format, sums: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+def encode_both(
+    parts: Sequence[Tensor], scale: Tensor, format: Format, sums: bool = False, maximum: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """`encode_both` of numerics/quantize.py as one call that a compiler keeps: codes bit for bit, sums in another order.
 
-    x: bf16, fp16 or fp32 [R, C]; scale: fp32 [1, 1]. The sums of the columns are None unless asked for.
+    parts: up to three matrices side by side, bf16, fp16 or fp32 [R, C_i], read where they lie unless no tile fits between
+    them; scale: fp32 [1, 1]. Sums and the largest magnitude are None unless asked for.
     """
-    codes, codes_t, parts = _operators()[0](x.contiguous(), scale, format.name, sums)
-    return codes, codes_t, parts.sum(0) if sums else None
+    if _tile([part.shape[1] for part in parts], maximum) is None:
+        parts = [torch.cat(tuple(parts), 1)]
+    made = _operators()[0]([part.contiguous() for part in parts], scale, format.name, sums, maximum)
+    codes, codes_t, found, amax = made
+    return codes, codes_t, found.sum(0) if sums else None, amax.view(torch.float32).view(1, 1) if maximum else None
+
+
+def _tile(widths: Sequence[int], maximum: bool) -> tuple[int, int, int] | None:
+    """The tile for parts of these widths; None where no tile would be within one part, or there are too many."""
+    fitting = (tile for tile in TILES["maximum" if maximum else "codes"] if not any(C % tile[1] for C in widths[:-1]))
+    return next(fitting, None) if len(widths) <= _MOST else None
 
 
 def turn(codes: Tensor) -> Tensor:
@@ -80,24 +97,33 @@ def _turn(codes: Tensor) -> Tensor:
     return codes_t
 
 
-def _encode_both(x: Tensor, scale: Tensor, format: str, sums: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _encode_both(
+    parts: list[Tensor], scale: Tensor, format: str, sums: bool, maximum: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from torch.library import wrap_triton
 
     from fewbits.kernels.quantize_triton import encode_both_kernel
 
-    fmt = Format.parse(format)
-    (R, C), (BM, BN) = x.shape, TILE
-    codes = torch.empty(R, C, dtype=carrier(fmt), device=x.device)
-    codes_t = torch.empty(C, R, dtype=carrier(fmt), device=x.device)
+    fmt, (first, *others) = Format.parse(format), parts
+    ends = list(accumulate(part.shape[1] for part in parts))
+    R, C = first.shape[0], ends[-1]
+    tile = _tile([part.shape[1] for part in parts], maximum)
+    assert tile is not None
+    BM, BN, warps = tile
+    codes = torch.empty(R, C, dtype=carrier(fmt), device=first.device)
+    codes_t = torch.empty(C, R, dtype=carrier(fmt), device=first.device)
     down, across = -(-R // BM), -(-C // BN)
-    parts = torch.empty(down if sums else 0, C, dtype=torch.float32, device=x.device)
+    found = torch.empty(down if sums else 0, C, dtype=torch.float32, device=first.device)
+    amax = torch.zeros(int(maximum), dtype=torch.int32, device=first.device)
     kernel: Any = encode_both_kernel if _interpreted(encode_both_kernel) else wrap_triton(encode_both_kernel)
     mantissa, lowest, limit = _constants(fmt)
     kernel[(down * across,)](
-        x, scale, codes, codes_t, parts if sums else scale, R, C, across, mantissa=mantissa, lowest=lowest, limit=limit,
-        BM=BM, BN=BN, NATIVE=x.is_cuda, SUMS=sums, num_warps=8,
+        first, others[0] if others else first, others[-1] if others else first, scale, codes, codes_t,
+        found if sums else scale, amax if maximum else scale, R, C, ends[0], ends[min(1, len(others))], across,
+        mantissa=mantissa, lowest=lowest, limit=limit, PARTS=len(parts), SUMS=sums, MAXIMUM=maximum,
+        BM=BM, BN=BN, NATIVE=first.is_cuda, num_warps=warps,
     )  # fmt: skip
-    return codes, codes_t, parts
+    return codes, codes_t, found, amax
 
 
 class Held(NamedTuple):

@@ -98,10 +98,15 @@ def _load(x, r0, c0, R, C, stride_r, stride_c, BM: tl.constexpr, BN: tl.constexp
 
 @jit
 def _part_amax(tile, BM: tl.constexpr, BN: tl.constexpr, SR: tl.constexpr, SC: tl.constexpr):
-    """Bits of the largest magnitude of every part: magnitudes order as integers, infinity and NaN above all."""
-    magnitude = tile.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    parts = tl.reshape(magnitude, (BM // SR, SR, BN // SC, SC))
+    """Bits of the largest magnitude of every part."""
+    parts = tl.reshape(_magnitude(tile), (BM // SR, SR, BN // SC, SC))
     return tl.max(tl.max(parts, axis=3), axis=1)
+
+
+@jit
+def _magnitude(x):
+    """Bits of magnitudes in fp32: they order as integers, infinity and NaN above all."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @jit
@@ -195,15 +200,36 @@ def _scramble(h, a, b):
 
 @jit
 def encode_both_kernel(
-    x, scale, codes, codes_t, sums, R, C, tiles_c, mantissa: tl.constexpr, lowest: tl.constexpr, limit: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, NATIVE: tl.constexpr, SUMS: tl.constexpr,
+    a, b, c, scale, codes, codes_t, sums, amax, R, C, begin_b, begin_c, tiles_c,
+    mantissa: tl.constexpr, lowest: tl.constexpr, limit: tl.constexpr, PARTS: tl.constexpr, SUMS: tl.constexpr,
+    MAXIMUM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """fp8 codes [R, C] and [C, R] of a matrix that lies row by row, under one scale, a power of two, and for SUMS the sums of
-    the columns of every BM rows, fp32 [tiles down, C]."""
+    """fp8 codes [R, C] and [C, R] of a matrix under one scale, a power of two, for SUMS the sums of the columns of every BM
+    rows, fp32 [tiles down, C], and for MAXIMUM the largest magnitude as `amax_kernel` has it.
+
+    The matrix lies row by row, or is 2 or 3 PARTS side by side that do: a, from column begin_b on b, from begin_c on c (C
+    where there is none). BN divides where they begin, so that a tile is within one of them.
+    """
     program = tl.program_id(0)
     r0 = (program // tiles_c).to(tl.int64) * BM
     c0 = (program % tiles_c).to(tl.int64) * BN
-    tile = _load(x, r0, c0, R, C, C, 1, BM, BN)
+    x = a
+    first = c0
+    width = C
+    if PARTS > 1:
+        width = begin_b
+        if c0 >= begin_b:
+            x = b
+            first = c0 - begin_b
+            width = begin_c - begin_b
+    if PARTS > 2:  # noqa: SIM102  this is decided by the compiler, the other by a program
+        if c0 >= begin_c:
+            x = c
+            first = c0 - begin_c
+            width = C - begin_c
+    tile = _load(x, r0, first, R, width, width, 1, BM, BN)
+    if MAXIMUM:
+        tl.atomic_max(amax, tl.max(tl.max(_magnitude(tile), axis=1), axis=0))
     out = _fp8(tile * _inverse_power(tl.load(scale)), codes, mantissa, lowest, limit, NATIVE)
     _store_both(out, codes, codes_t, r0, c0, R, C, BM, BN)
     if SUMS:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -78,8 +80,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
         """x [B, T, D] -> [B, T, D]; rotary: cosines and sines that broadcast to [B, H, T, d]; mask as `attend` takes it."""
         B, T, D = x.shape
-        heads = self.qkv(x).view(B, T, self.heads + 2 * self.kv_heads, self.head_dim)
-        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        q, k, v = self._heads(x)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -88,3 +89,12 @@ class Attention(nn.Module):
         with span(ATTENTION):
             y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.output(y.transpose(1, 2).reshape(B, T, D))  # type: ignore[no-any-return]
+
+    def _heads(self, x: Tensor) -> Sequence[Tensor]:
+        """Queries [B, T, H, d], keys and values [B, T, G, d], slices of one product."""
+        counts = (self.heads, self.kv_heads, self.kv_heads)
+        if type(self.qkv) is Linear and self.qkv.splits(x):
+            parts = self.qkv.split(x, tuple(count * self.head_dim for count in counts))
+            return [part.view(*x.shape[:-1], count, self.head_dim) for part, count in zip(parts, counts, strict=True)]
+        heads = self.qkv(x).view(*x.shape[:-1], sum(counts), self.head_dim)
+        return heads.split(counts, dim=2)  # type: ignore[no-any-return]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +31,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, tf32: bool = F
     return nn.functional.linear(x, weight, bias)
 
 
+def unheard(layer: nn.Module) -> bool:
+    """Whether nobody listens to the calls of a layer, so that what it does may become part of something larger."""
+    heard = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return not heard
+
+
 class Linear(nn.Linear):
     """`nn.Linear` whose three matmuls run in the format of the weight, as `linear` says, or in few bits by a recipe."""
 
@@ -52,14 +60,27 @@ class Linear(nn.Linear):
             codes, scale, *_ = self.held or HeldWeight()
             learned = getattr(self, LEARNED, None)
             return fake_linear(x, self.weight, self.bias, learned, codes, scale, self.recipe)
+        return self._lowbit(x)  # type: ignore[no-any-return]
+
+    def splits(self, x: Tensor) -> bool:
+        """Whether `split` takes x now: in few bits, in training, nobody listening to the whole product."""
+        training = torch.is_grad_enabled() and self.weight.requires_grad
+        return bool(self.recipe) and not self.fake and training and x.numel() > 0 and unheard(self)
+
+    def split(self, x: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """`forward` in parts [..., width] of its last axis, views of one product: as one node of autograd, so that a kernel may
+        read their gradients where they lie."""
+        return self._lowbit(x, widths)  # type: ignore[no-any-return]
+
+    def _lowbit(self, x: Tensor, widths: tuple[int, ...] = ()) -> Any:
         site = getattr(self, "site", None)  # a buffer, 0-d int64, of layers whose recipe draws random numbers
         key = None if site is None else current_key(x.device) ^ site
         held = self.held or HeldWeight()
         # outside a step there is nothing to look back on, and operands are scaled by what they are
         history = self.history if self.held is not None else None
-        largest, maxima = (None, None) if history is None else (history.largest, history.maxima)
+        earlier, maxima = (None, None) if history is None else (history.looks_back, history.maxima)
         known = history is not None and history.known
-        return lowbit_linear(x, self.weight, self.bias, *held, key, largest, maxima, self.recipe, known)
+        return lowbit_linear(x, self.weight, self.bias, *held, key, earlier, maxima, self.recipe, known, widths)
 
     def hold(self) -> HeldWeight:
         """The codes of the weight as it is now."""

@@ -20,8 +20,10 @@ from fewbits.kernels.dispatch import (
     activation_execution,
     emulated,
     encode_both,
+    encode_noting,
     fused,
     in_layouts,
+    largest,
     quantize,
     quantize_both,
 )
@@ -30,7 +32,7 @@ from fewbits.kernels.matmul import scaled_matmul
 from fewbits.nn.scale_history import ACTIVATION, GRADIENT, WEIGHT, ScaleHistory, ScaleStore
 from fewbits.numerics.hadamard import random_hadamard
 from fewbits.numerics.quantize import Both, Key, Quantized, encode
-from fewbits.numerics.scaling import Granularity, block_amax, power_of_two_scale
+from fewbits.numerics.scaling import Granularity, power_of_two_scale
 from fewbits.numerics.wide import widen
 from fewbits.precision.recipe import Matmul, Operand, Recipe
 from fewbits.ranges import QUANTIZE, span
@@ -91,7 +93,7 @@ def hold(weight: Tensor, recipe: Recipe, scales: Tensor | None = None, maxima: T
     weight, draw = weight.detach(), Draw(None, scales, maxima)
     output = back = None
     if recipe.output is not None and shared_weight(recipe):
-        output, back, _ = draw.both(weight, recipe.output.right, "output", WEIGHT)
+        output, back, _ = draw.both([weight], recipe.output.right, "output", WEIGHT)
     else:
         if recipe.output is not None:
             output = draw.quantized(weight, recipe.output.right, "output", WEIGHT)
@@ -114,21 +116,23 @@ def lowbit_linear(
     maxima: Tensor | None,
     recipe: str,
     known: bool = False,
-) -> Tensor:
+    widths: tuple[int, ...] = (),
+) -> Any:
     """x [..., K] times weight [O, K] plus bias [O] by a recipe: [..., O] in the dtype of the weight.
 
     output_codes ... grad_input_scale: a `HeldWeight`; all None makes it here. key: 0-d int64, for recipes that draw random
     numbers. scales, maxima, known: for delayed scaling, what `ScaleHistory` gives and takes. recipe: canonical text of a
-    `Recipe`.
+    `Recipe`. widths: gives the parts of the last axis that are so wide, views of the one product, instead of the whole; their
+    gradients are quantized where they lie, never put side by side, where a kernel can.
     """
     held = (output_codes, output_scale, grad_input_codes, grad_input_scale)
     if output_codes is None and grad_input_codes is None:
         held = hold(weight, recipe_of(recipe), scales, maxima)
-    inputs = (x.to(weight.dtype), weight, bias, *held, key, scales, maxima, recipe, known)
-    return _LowBitLinear.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
+    inputs = (x.to(weight.dtype), weight, bias, *held, key, scales, maxima, recipe, known, widths)
+    return _LowBitLinear.apply(*inputs)  # type: ignore[no-untyped-call]
 
 
-def let_compilers_in(function: Callable[..., Tensor]) -> None:
+def let_compilers_in(function: Callable[..., Any]) -> None:
     """Lets torch.compile take `lowbit_linear` or its like as one call: what is inside is traced by autograd, not read by
     dynamo, which would stumble over parsing and caches. Imports the compiler, so only models with a recipe ask for it."""
     torch.compiler.allow_in_graph(function)  # type: ignore[no-untyped-call]
@@ -150,13 +154,14 @@ class _LowBitLinear(torch.autograd.Function):
         maxima: Tensor | None,
         text: str,
         known: bool,
-    ) -> Tensor:
+        widths: tuple[int, ...],
+    ) -> Tensor | tuple[Tensor, ...]:
         recipe = recipe_of(text)
         draw = Draw(key, scales, maxima, known)
         x_NK = x.reshape(-1, x.shape[-1])
         left = turned = None
         if recipe.output is not None and ctx.needs_input_grad[1] and shared_activation(recipe):
-            left, turned, _ = draw.both(x_NK, recipe.output.left, "output", ACTIVATION)
+            left, turned, _ = draw.both([x_NK], recipe.output.left, "output", ACTIVATION)
         elif recipe.output is not None:
             left = draw.quantized(x_NK, recipe.output.left, "output", ACTIVATION)
         if left is None or output_codes is None or output_scale is None or recipe.output is None:
@@ -176,17 +181,21 @@ class _LowBitLinear(torch.autograd.Function):
         ctx.save_for_backward(*kept, backward_weight, grad_input_codes, grad_input_scale, key, scales, maxima)
         ctx.text, ctx.known, ctx.dtype, ctx.shape = text, known, weight.dtype, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y_NO.view(*x.shape[:-1], weight.shape[0])
+        y = y_NO.view(*x.shape[:-1], weight.shape[0])
+        return y.split_with_sizes(widths, -1) if widths else y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_codes, x_scale, weight, codes, scale, key, scales, maxima = ctx.saved_tensors
         draw = Draw(key, scales, maxima, ctx.known)
         recipe: Recipe = recipe_of(ctx.text)
-        grad_NO = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
         biased = ctx.bias_dtype is not None and ctx.needs_input_grad[2]
-        left, rows, sums = gradient_codes(draw, grad_NO, recipe, ctx.needs_input_grad[:2], biased)
+        parts = [grad.reshape(-1, grad.shape[-1]) for grad in grads]  # of one that nobody uses, zeros
+        if len(parts) > 1 and not apart(parts, recipe, ctx.needs_input_grad[:2]):
+            parts = [torch.cat(parts, 1)]
+        grad_NO = parts[0]  # all of it, where more than codes and sums is wanted
+        left, rows, sums = gradient_codes(draw, parts, recipe, ctx.needs_input_grad[:2], biased)
         if ctx.needs_input_grad[0]:
             if left is None or recipe.grad_input is None:
                 grad_x = plain(grad_NO, weight.t())
@@ -200,7 +209,7 @@ class _LowBitLinear(torch.autograd.Function):
                 grad_weight = multiply(rows, x_codes.t(), x_scale.t(), recipe.grad_weight, ctx.dtype)
         if biased:
             grad_bias = (column_sums(grad_NO) if sums is None else sums).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, *(None,) * 9
+        return grad_x, grad_weight, grad_bias, *(None,) * 10
 
 
 def multiply(
@@ -213,20 +222,46 @@ def multiply(
 
 
 def gradient_codes(
-    draw: Draw, grad_NO: Tensor, recipe: Recipe, needed: tuple[bool, bool], sums: bool
+    draw: Draw, parts: Sequence[Tensor], recipe: Recipe, needed: tuple[bool, bool], sums: bool
 ) -> tuple[Quantized | None, Quantized | None, Tensor | None]:
     """The gradient as the left operand of grad_input [N, O] and of grad_weight [O, N], None for what is not needed or not
-    in few bits: from one reading where both want the same codes, maybe with the sums of its columns."""
+    in few bits: from one reading where both want the same codes, maybe with the sums of its columns. parts: the gradient,
+    or parts of its columns that may stay `apart`."""
     for_input = recipe.grad_input.left if recipe.grad_input is not None and needed[0] else None
     for_weight = recipe.grad_weight.left if recipe.grad_weight is not None and needed[1] else None
     if for_input is not None and for_weight is not None and shared_gradient(recipe):
-        return draw.both(grad_NO, for_input, "grad_input", GRADIENT, sums)
+        return draw.both(parts, for_input, "grad_input", GRADIENT, sums)
+    (grad_NO,) = parts
     left = rows = None
     if for_input is not None:
         left = draw.quantized(grad_NO, for_input, "grad_input", GRADIENT)
     if for_weight is not None:
         rows = draw.quantized(grad_NO.t(), for_weight, "grad_weight", GRADIENT)
     return left, rows, None
+
+
+def apart(parts: Sequence[Tensor], recipe: Recipe, needed: tuple[bool, bool]) -> bool:
+    """Whether codes and sums of a gradient are all that is made of it, by a kernel that reads parts of its columns where they
+    lie."""
+    if recipe.grad_input is None or not all(needed) or not shared_gradient(recipe):
+        return False
+    operand = recipe.grad_input.left
+    return in_layouts(parts, operand.format, operand.granularity, operand.rounding, operand.scaling)
+
+
+def limits(recipe: Recipe) -> tuple[float, float, float]:
+    """The largest number of the format of each role, 0 where two matmuls take its operand in different formats."""
+    pairs = (
+        (recipe.output, recipe.grad_weight),
+        (recipe.output, recipe.grad_input),
+        (recipe.grad_input, recipe.grad_weight),
+    )
+    found = []
+    for sides, matmuls in zip(((0, 1), (1, 1), (0, 0)), pairs, strict=True):
+        operands = ((m.left, m.right)[side] for side, m in zip(sides, matmuls, strict=True) if m is not None)
+        largest = {operand.format.max for operand in operands}
+        found.append(largest.pop() if len(largest) == 1 else 0.0)
+    return found[0], found[1], found[2]
 
 
 def column_sums(x: Tensor) -> Tensor:
@@ -236,7 +271,11 @@ def column_sums(x: Tensor) -> Tensor:
 
 
 class Draw(NamedTuple):
-    """What quantizing an operand draws from beside the operand: random numbers, and the maxima of earlier steps."""
+    """What quantizing an operand draws from beside the operand: random numbers, and the maxima of earlier steps.
+
+    scales: fp32 [3] by role: largest magnitudes of earlier steps, or, where all of them are `known`, scales that were made of
+    them. maxima: fp32 [3], those of this step, noted as they are found.
+    """
 
     key: Tensor | None
     scales: Tensor | None
@@ -250,35 +289,44 @@ class Draw(NamedTuple):
         how = (operand.format, operand.granularity, operand.rounding, self._seed(site), operand.scaling)
         if operand.scaling not in ("delayed", "unit"):
             return quantize(x, *how)
-        early, scale = self._scales(x, operand, site, role)
+        early, scale = self._scales(x.shape, largest([x], operand.granularity), operand, site, role)
         return Quantized(encode(x, early, *how), scale, operand.format, operand.granularity, operand.scaling)
 
     def both(
-        self, x: Tensor, operand: Operand, site: str, role: int, sums: bool = False, amax: Tensor | None = None
+        self,
+        parts: Sequence[Tensor],
+        operand: Operand,
+        site: str,
+        role: int,
+        sums: bool = False,
+        amax: Tensor | None = None,
     ) -> Both:
-        """`quantized` with its transpose, for operands that two matmuls share; sums, amax: see `quantize_both`."""
+        """`quantized` with its transpose, for operands that two matmuls share; parts, sums, amax: see `quantize_both`."""
         how = (operand.format, operand.granularity, operand.rounding, self._seed(site), operand.scaling)
         if operand.scaling not in ("delayed", "unit"):
-            return quantize_both(x, *how, sums, amax)
-        if role == GRADIENT and self.known and operand.scaling == "delayed" and amax is None and noting(x, operand):
-            return coded("identity", [x], operand, role, [self], sums)[0]
-        early, scale = self._scales(x, operand, site, role, amax)
-        return encode_both(x, early, *how, sums, self.known).under(scale)
+            return quantize_both(parts, *how, sums, amax)
+        if role == GRADIENT and self.known and operand.scaling == "delayed" and amax is None and noting(parts, operand):
+            scale = self.early(operand, role)
+            both, amax = encode_noting(parts, scale, operand.format, operand.granularity, operand.scaling, sums)
+            self.note(amax, role)
+            return both.under(honest(scale, amax))
+        amax = largest(parts, operand.granularity) if amax is None else amax
+        early, scale = self._scales(parts[0].shape, amax, operand, site, role)
+        return encode_both(parts, early, *how, sums, self.known).under(scale)
 
     def _seed(self, site: str) -> Key:
         return 0 if self.key is None else self.key ^ _SITES[site]
 
     def _scales(
-        self, x: Tensor, operand: Operand, site: str, role: int, amax: Tensor | None = None
+        self, shape: Sequence[int], amax: Tensor, operand: Operand, site: str, role: int
     ) -> tuple[Tensor, Tensor]:
-        """The scale under which an operand is encoded that is not scaled by its own maximum, noting that one; and the scale of
-        its codes: the same, but `honest`.
+        """The scale under which an operand is encoded that is not scaled by its own maximum, amax, noting that one; and the
+        scale of its codes: the same, but `honest`. shape: of a weight.
 
-        Where it is `known` that there is an earlier maximum, the first does not depend on x.
+        Where it is `known` that there is an earlier maximum, the first does not depend on this one.
         """
-        amax = block_amax(x, operand.granularity) if amax is None else amax
         if operand.scaling == "unit":
-            contraction = max(1, x.shape[1 - (site == "grad_input")])
+            contraction = max(1, shape[1 - (site == "grad_input")])
             scale = torch.full_like(amax, 2.0 ** round(-0.5 * math.log2(contraction)) if role == WEIGHT else 1.0)
         elif self.scales is None or self.maxima is None:
             scale = power_of_two_scale(amax, operand.format.max)
@@ -293,6 +341,8 @@ class Draw(NamedTuple):
     def early(self, operand: Operand, role: int) -> Tensor:
         """The delayed scale of a role, of the maxima of the steps before: fp32 [1, 1]."""
         assert self.scales is not None
+        if self.known:
+            return self.scales[role].view(1, 1)
         return power_of_two_scale(self.scales[role].view(1, 1), operand.format.max)
 
     def note(self, amax: Tensor, role: int) -> None:
@@ -320,11 +370,11 @@ def coded(
     return found
 
 
-def noting(x: Tensor, operand: Operand) -> bool:
+def noting(parts: Sequence[Tensor], operand: Operand) -> bool:
     """Whether one kernel reads a gradient for its codes and its largest magnitude. A compiler that wants the magnitude of what
     it writes reduces by rows, at half the speed of writing; and where autograd has the gradient it is written anyway."""
-    kernel = activation_execution(x.device).value == "kernel"
-    return kernel and in_layouts(x, operand.format, operand.granularity, operand.rounding, operand.scaling)
+    kernel = activation_execution(parts[0].device).value == "kernel"
+    return kernel and in_layouts(parts, operand.format, operand.granularity, operand.rounding, operand.scaling)
 
 
 def honest(scale: Tensor, amax: Tensor) -> Tensor:
@@ -396,7 +446,7 @@ def together(layer: Any) -> bool:
     operand, weight = _shared_operand(layer.recipe), layer.weight
     if layer.fake or operand is None or not weight.is_contiguous():
         return False
-    return in_layouts(weight, operand.format, operand.granularity, operand.rounding, operand.scaling)
+    return in_layouts([weight], operand.format, operand.granularity, operand.rounding, operand.scaling)
 
 
 @cache

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewbits.kernels.dispatch import activate
-from fewbits.nn.linear import Linear
+from fewbits.nn.linear import Linear, unheard
 from fewbits.nn.lowbit import Draw, coded, column_sums, gradient_codes, multiply, recipe_of
 from fewbits.nn.scale_history import ACTIVATION, GRADIENT
 from fewbits.numerics.quantize import Both, Quantized
@@ -33,7 +33,7 @@ class Part(NamedTuple):
     output_scale: Tensor
     grad_input_codes: Tensor
     grad_input_scale: Tensor
-    largest: Tensor | None
+    scales: Tensor | None
     maxima: Tensor | None
 
 
@@ -51,8 +51,7 @@ def together(layers: Sequence[Linear], x: Tensor) -> bool:
             and layer.recipe == first.recipe
             and _known(layer) == _known(first)
             and layer.weight.requires_grad
-            and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
-            and not layer._backward_pre_hooks
+            and unheard(layer)
             for layer in layers
         )
     )
@@ -63,7 +62,7 @@ def mlp(layers: Sequence[Linear], x: Tensor) -> Tensor:
     parts: list[Tensor | None] = []
     for layer in layers:
         history = layer.history
-        looks_back = (None, None) if history is None else (history.largest, history.maxima)
+        looks_back = (None, None) if history is None else (history.looks_back, history.maxima)
         parts += [layer.weight, layer.bias, *(layer.held or ()), *looks_back]
     return lowbit_mlp(x, layers[0].recipe, _known(layers[0]), *parts)
 
@@ -90,8 +89,8 @@ class _LowBitMLP(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, text: str, known: bool, *flat: Tensor | None) -> Tensor:
         parts, output = _split(flat), recipe_of(text).output
         assert output is not None
-        down, draws = parts[-1], [Draw(None, part.largest, part.maxima, known) for part in parts]
-        left, turned, _ = draws[0].both(x.reshape(-1, x.shape[-1]), output.left, "output", ACTIVATION)
+        down, draws = parts[-1], [Draw(None, part.scales, part.maxima, known) for part in parts]
+        left, turned, _ = draws[0].both([x.reshape(-1, x.shape[-1])], output.left, "output", ACTIVATION)
         for draw in draws[1:-1]:  # the same input, so the same maxima, in every step since the first
             draw.copy_note(draws[0], ACTIVATION)
         inner = [
@@ -114,10 +113,10 @@ class _LowBitMLP(torch.autograd.Function):
         count, recipe = len(ctx.biases), recipe_of(ctx.text)
         x_codes, x_scale, h_codes, h_scale, *rest = ctx.saved_tensors
         inner, weights = rest[: count - 1], [rest[count - 1 + 4 * i :][:4] for i in range(count)]
-        draws = [Draw(None, largest, maxima, ctx.known) for _, _, largest, maxima in weights]
+        draws = [Draw(None, scales, maxima, ctx.known) for _, _, scales, maxima in weights]
         biased = [dtype is not None for dtype in ctx.biases]
         grad_NO = grad.reshape(-1, grad.shape[-1])
-        left, rows, sums = gradient_codes(draws[-1], grad_NO, recipe, (True, True), biased[-1])
+        left, rows, sums = gradient_codes(draws[-1], [grad_NO], recipe, (True, True), biased[-1])
         assert left is not None and rows is not None and recipe.grad_input is not None
         grads: list[Tensor | None] = [None] * (_SIZE * count)
         grads[-_SIZE] = _grad_weight(rows, h_codes, h_scale, recipe, ctx.dtype)
@@ -153,5 +152,5 @@ def _activated(
         return coded(name, inputs, operand, role, draws, sums)
     values = activate(name, *inputs)
     return [
-        draw.both(value, operand, site, role, sums, amax) for draw, (value, amax) in zip(draws, values, strict=True)
+        draw.both([value], operand, site, role, sums, amax) for draw, (value, amax) in zip(draws, values, strict=True)
     ]

@@ -25,7 +25,7 @@ from fewbits.nn.embedding import Embedding
 from fewbits.nn.emulate import emulation, needed
 from fewbits.nn.fake import LEARNED, fake_linear, first_log_scale
 from fewbits.nn.linear import Linear
-from fewbits.nn.lowbit import let_compilers_in, lowbit_linear, recipe_of
+from fewbits.nn.lowbit import let_compilers_in, limits, lowbit_linear, recipe_of
 from fewbits.nn.mlp import lowbit_mlp
 from fewbits.nn.norm import LayerNorm, RMSNorm
 from fewbits.nn.packed import refuse_packed
@@ -233,7 +233,7 @@ def _give_recipe(module: nn.Module, name: str, text: str, undo: _Undo) -> None:
         site = torch.tensor(mix_key(zlib.crc32(name.encode())), dtype=torch.int64, device=device)
         module.register_buffer("site", site, persistent=False)
     if recipe.delayed:
-        held.history = ScaleHistory()
+        held.history = ScaleHistory(limits=limits(recipe))
     undo.lowbit.append(module)
 
 

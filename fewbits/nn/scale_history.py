@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
 from fewbits.kernels.dispatch import layouts_execution
+from fewbits.numerics.scaling import power_of_two_scale
 
 ACTIVATION, WEIGHT, GRADIENT = range(3)
 """The roles of a layer's operands: rows of its history."""
@@ -23,37 +24,50 @@ class ScaleHistory:
     A maximum of 0 says nothing about a scale, no more than one that is not finite: the largest of the window joins it in its
     place, so that a role that once had a maximum always has one.
     From the first step on, all three lie in the tensors of a `ScaleStore`, which says when all of its largest are `known` to
-    be there: compiled layers then write codes as they go, and need no look at the whole tensor first.
+    be there: compiled layers then write codes as they go, and need no look at the whole tensor first. limits: the largest
+    number of the format that each role is in, 0 where its operands differ; where there are limits, what is known is known as
+    scales, fp32 [3], made for all layers at once.
     """
 
     STEPS = 16
 
-    def __init__(self, window: Tensor | None = None) -> None:
+    def __init__(self, window: Tensor | None = None, limits: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> None:
         self.window = torch.zeros(3, self.STEPS) if window is None else window
+        self.limits = limits
         self.largest = torch.zeros(3)
+        self.scales = torch.zeros(3)
         self.maxima = torch.zeros(3)
         self.known = False
         self.store: ScaleStore | None = None
 
-    def __reduce__(self) -> tuple[type[ScaleHistory], tuple[Tensor]]:
-        return ScaleHistory, (self.window.clone(),)  # a copy of a layer looks back on its own
+    def __reduce__(self) -> tuple[type[ScaleHistory], tuple[Tensor, tuple[float, float, float]]]:
+        return ScaleHistory, (self.window.clone(), self.limits)  # a copy of a layer looks back on its own
+
+    @property
+    def looks_back(self) -> Tensor:
+        """What a layer takes of earlier steps, fp32 [3]: the scales where they are known, else the largest magnitudes."""
+        return self.scales if self.known else self.largest
 
 
 class ScaleStore:
     """The histories of many layers in one tensor a kind, so that a step begins and ends in a handful of launches for all of
-    them: fp32 window [layers, 3, steps], largest and maxima [layers, 4] (16 bytes from one layer to the next, without
+    them: fp32 window [layers, 3, steps], largest, scales and maxima [layers, 4] (16 bytes from one layer to the next, without
     which a compiled graph would copy them; the fourth number is not used)."""
 
     def __init__(self, histories: list[ScaleHistory], device: torch.device) -> None:
         self.histories = histories
         self.window = torch.stack([history.window.to(device) for history in histories])
-        self.largest, self.maxima = torch.zeros(2, len(histories), 4, device=device)
+        self.largest, self.scales, self.maxima = torch.zeros(3, len(histories), 4, device=device)
         for i, history in enumerate(histories):
             history.store, history.window = self, self.window[i]
             # .data counts changes of its own: autograd keeps maxima, and another layer's note is no change of this one's
             history.largest, history.maxima = self.largest[i, :3].data, self.maxima[i, :3].data
+            history.scales = self.scales[i, :3].data
         self._know(False)
-        self._watching = layouts_execution(device).value == "kernel"  # others gain nothing by it
+        limited = all(all(history.limits) for history in histories)
+        self._watching = limited and layouts_execution(device).value == "kernel"  # others gain nothing by it
+        self._limits = torch.tensor([[*history.limits, 0.0] for history in histories], device=device)
+        self._formats = sorted({limit for history in histories for limit in history.limits if limit})
         self._watched: list[tuple[Tensor, torch.cuda.Event | None]] = []
         self._looked = False
 
@@ -73,6 +87,8 @@ class ScaleStore:
         self._looked = False
         self.largest[:, :3].copy_(self.window.amax(2))
         self.maxima.zero_()
+        for limit in self._formats if self.known else ():
+            self.scales.copy_(torch.where(self._limits == limit, power_of_two_scale(self.largest, limit), self.scales))
 
     def end(self) -> None:
         """A step is over: its maxima join the windows, but for those that are not finite, or 0."""

@@ -6,6 +6,7 @@ and fp6 in float8_e4m3fn, int4 and binary in int8): one element a code, not pack
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
@@ -170,14 +171,15 @@ def encode(
     return (values if dtype.is_floating_point else values.nan_to_num(nan=0.0)).to(dtype)
 
 
-def encode_both(x: Tensor, scale: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of a matrix under one scale, a power of two, and what its matmuls want beside them.
+def encode_both(parts: Sequence[Tensor], scale: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes of matrices side by side under one scale, a power of two, and what their matmuls want beside them.
 
-    x: [R, C]; scale: fp32 [1, 1]; format: fp8. Returns codes [R, C] and [C, R], each row by row, and the sums of the columns
-    of x in fp32, [C].
+    parts: [R, C_i] of one dtype, a matrix [R, C]; scale: fp32 [1, 1]; format: fp8. Returns codes [R, C] and [C, R], each row
+    by row, the sums of the columns in fp32, [C], and the largest magnitude, fp32 [1, 1].
     """
+    x = torch.cat(tuple(parts), 1)
     codes = encode(x, scale, format, Granularity(), scales="delayed")
-    return codes, codes.t().contiguous(), x.float().sum(0)
+    return codes, codes.t().contiguous(), x.float().sum(0), block_amax(x, Granularity())
 
 
 def decode(

@@ -422,8 +422,8 @@ def test_codes_in_both_layouts_are_those_of_the_definition(format, shape, compil
     how = (fmt, Granularity(), "nearest-even", 0)
 
     def work(x, scale):
-        q, t, sums = dispatch.quantize_both(x, *how, "power-of-two", True)
-        under = dispatch.encode_both(x, scale, *how, "delayed", True)
+        q, t, sums = dispatch.quantize_both([x], *how, "power-of-two", True)
+        under = dispatch.encode_both([x], scale, *how, "delayed", True)
         return q.codes, q.scale, t.codes, under.matrix.codes, under.transpose.codes, sums, under.sums
 
     if compiled:  # tensors, as inside a low-bit layer, and not dynamo, meet what decides

@@ -1,8 +1,10 @@
 """fp8 codes in both layouts are those of the definition, bit for bit (in Triton's interpreter)."""
 
 # ruff: noqa: E402  the interpreter is chosen before triton is imported
+import itertools
 import math
 import os
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 FORMATS = ("fp8_e4m3", "fp8_e5m2")
+E4M3 = Format.parse("fp8_e4m3")
 SHAPES = ((1, 1), (3, 5), (130, 3), (2, 300), (129, 257), (16, 48))
 
 
@@ -52,13 +55,66 @@ def test_one_reading_gives_the_codes_of_the_definition_in_both_layouts(format, d
         x = matrix(shape, dtype)
         own = definition.quantize(x, fmt).scale
         for scale in (own, own * 2.0**-9, own * 2.0**9):  # a delayed scale saturates, or leaves range idle
-            codes, codes_t, sums = layouts.encode_both(x, scale, fmt, sums=True)
-            wanted, wanted_t, wanted_sums = definition.encode_both(x, scale, fmt)
-            same(codes, wanted)
-            same(codes_t, wanted_t)
-            # 128 numbers in a tile, then the tiles: at most R roundings of fp32, each 2^-24 of a sum of magnitudes
-            bound = 2.0**-24 * shape[0] * x.float().abs().sum(0)
-            assert sums is not None and bool(((sums - wanted_sums).abs() <= 2 * bound).all())
+            assert_defined([x], scale, fmt)
+
+
+def assert_defined(parts: Sequence[torch.Tensor], scale: torch.Tensor, fmt: Format) -> None:
+    """With and without sums and the largest magnitude."""
+    wanted, wanted_t, wanted_sums, wanted_amax = definition.encode_both(parts, scale, fmt)
+    # 128 numbers in a tile, then the tiles: at most R roundings of fp32, each 2^-24 of a sum of magnitudes
+    bound = 2.0**-24 * len(wanted) * sum(torch.cat(parts, 1).float().abs())
+    for with_sums, with_amax in itertools.product((False, True), repeat=2):
+        codes, codes_t, sums, amax = layouts.encode_both(parts, scale, fmt, with_sums, with_amax)
+        same(codes, wanted)
+        same(codes_t, wanted_t)
+        assert (sums is None, amax is None) == (not with_sums, not with_amax)
+        assert sums is None or bool(((sums - wanted_sums).abs() <= 2 * bound).all())
+        assert amax is None or torch.equal(amax, wanted_amax)
+
+
+# read where they lie by tiles of 128 columns, of 64 (grouped heads), or not at all: only the last may end anywhere
+SIDE_BY_SIDE = (
+    (128, 128, 128), (256, 64, 64), (192, 64, 64), (128, 256), (64, 5), (128, 130, 7), (40, 40, 40), (1, 2, 3),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("widths", SIDE_BY_SIDE, ids=str)
+def test_matrices_side_by_side_give_the_codes_of_the_one_that_they_are(format, widths):
+    fmt = Format.parse(format)
+    for rows, dtype in ((1, torch.float32), (130, torch.bfloat16)):
+        # each of a size of its own, the first without the largest, so that none is taken for another
+        parts = [matrix((rows, width), dtype) * 4.0**i for i, width in enumerate(widths)]
+        scale = definition.quantize(torch.cat(parts, 1), fmt).scale
+        for one in (scale, scale * 2.0**-9):
+            assert_defined(parts, one, fmt)
+
+
+@pytest.mark.parametrize("widths", SIDE_BY_SIDE, ids=str)
+def test_matrices_are_put_side_by_side_only_where_a_tile_would_lie_in_two(widths, monkeypatch):
+    joined, cat = [], torch.cat
+    monkeypatch.setattr(torch, "cat", lambda *given: joined.append(given) or cat(*given))
+    for maximum in (False, True):
+        layouts.encode_both([matrix((2, width)) for width in widths], torch.ones(1, 1), E4M3, maximum=maximum)
+    assert len(joined) == (0 if all(width % 64 == 0 for width in widths[:-1]) else 2)
+
+
+def test_more_matrices_than_a_kernel_reads_are_put_side_by_side():
+    assert_defined([matrix((3, 64)) for _ in range(4)], torch.ones(1, 1), E4M3)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_in_any_part_shows_in_the_largest_magnitude(value):
+    for spoilt in range(3):
+        parts = [matrix((70, 64)) for _ in range(3)]
+        parts[spoilt][60, 40] = value
+        amax = layouts.encode_both(parts, torch.ones(1, 1), E4M3, maximum=True)[3]
+        assert amax is not None and not bool(amax.isfinite())
+
+
+def test_a_part_that_lies_column_by_column_is_taken_too():
+    parts = [matrix((40, 64)), matrix((64, 40)).t(), matrix((40, 128))[:, :64]]
+    assert_defined(parts, torch.ones(1, 1), E4M3)
 
 
 def test_turned_codes_are_a_contiguous_transpose():
@@ -73,7 +129,7 @@ def test_the_largest_and_smallest_scales_are_inverted_exactly(format):
     for amax in (0.0, 2.0**-140, 1e-38, 1e38, 3e38):
         x = torch.tensor([[amax, -amax / 3, 0.0]])
         scale = power_of_two_scale(torch.tensor([[amax]]), fmt.max)
-        same(layouts.encode_both(x, scale, fmt)[0], definition.encode(x, scale, fmt, Granularity(), scales="delayed"))
+        same(layouts.encode_both([x], scale, fmt)[0], definition.encode(x, scale, fmt, Granularity(), scales="delayed"))
 
 
 def test_a_matrix_that_lies_column_by_column_is_taken_too():
@@ -81,7 +137,7 @@ def test_a_matrix_that_lies_column_by_column_is_taken_too():
     x = matrix((40, 70))
     scale = definition.quantize(x, fmt).scale
     for ours, theirs in zip(
-        layouts.encode_both(x.t(), scale, fmt)[:2], layouts.encode_both(x, scale, fmt)[1::-1], strict=True
+        layouts.encode_both([x.t()], scale, fmt)[:2], layouts.encode_both([x], scale, fmt)[1::-1], strict=True
     ):
         same(ours, theirs)
 

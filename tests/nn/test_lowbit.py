@@ -13,9 +13,9 @@ from fewbits import AdamW, ModelConfig, Step, Transformer
 from fewbits.choice import Choice
 from fewbits.kernels import dispatch
 from fewbits.nn.linear import Linear
-from fewbits.nn.lowbit import held_weights, hold, recipe_of
+from fewbits.nn.lowbit import held_weights, hold, limits, recipe_of
 from fewbits.nn.scale_history import ScaleHistory, ScaleStore, load_scale_history, scale_history, scales_known
-from fewbits.precision.recipe import RECIPES
+from fewbits.precision.recipe import RECIPES, Recipe
 
 CONFIG = ModelConfig(
     vocab_size=61, context=16, n_layer=1, n_head=2, n_embd=64, norm="rmsnorm", activation="swiglu", positions="rope",
@@ -230,6 +230,9 @@ def test_layers_of_a_part_of_a_model_get_a_store_of_their_own_with_their_windows
     assert all([row[1:] for row in w] == [row[:-1] for row in scale_history(model)[name]] for name, w in after.items())
 
 
+FP8 = (448.0, 448.0, 57344.0)
+
+
 def take_step(store: ScaleStore, *maxima: float) -> None:
     store.begin()
     for history, value in zip(store.histories, maxima, strict=True):
@@ -252,7 +255,7 @@ def test_scales_are_known_two_steps_late_for_good_and_a_recorded_step_is_told(mo
     monkeypatch.setitem(dispatch._choices, ("both layouts of fp8 codes", "cpu"), Choice("kernel", "a test"))
     model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
     for module in model:
-        module.history = ScaleHistory()
+        module.history = ScaleHistory(limits=FP8)
     store = ScaleStore.of([module.history for module in model], torch.device("cpu"))
     told = []
     for i in range(24):
@@ -270,11 +273,38 @@ def test_scales_are_known_two_steps_late_for_good_and_a_recorded_step_is_told(mo
 def test_a_resumed_run_knows_its_scales_at_the_step_at_which_the_whole_one_does(monkeypatch):
     monkeypatch.setitem(dispatch._choices, ("both layouts of fp8 codes", "cpu"), Choice("kernel", "a test"))
     for stop in range(5):
-        store = ScaleStore.of([ScaleHistory()], torch.device("cpu"))
+        store = ScaleStore.of([ScaleHistory(limits=FP8)], torch.device("cpu"))
         seen = []
         for i in range(6):
             if i == stop:
-                store = ScaleStore.of([ScaleHistory(store.window[0].clone())], torch.device("cpu"))
+                store = ScaleStore.of([ScaleHistory(store.window[0].clone(), FP8)], torch.device("cpu"))
             take_step(store, 1.0 * (i > 0))
             seen.append(store.known)
         assert seen == [False] * 3 + [True] * 3, stop
+
+
+def test_known_scales_are_those_of_the_largest_of_the_window_in_the_format_of_each_role(monkeypatch):
+    monkeypatch.setitem(dispatch._choices, ("both layouts of fp8 codes", "cpu"), Choice("kernel", "a test"))
+    store = ScaleStore.of([ScaleHistory(limits=FP8), ScaleHistory(limits=(6.0, 448.0, 448.0))], torch.device("cpu"))
+    for i in range(5):
+        for history in store.histories:
+            assert history.looks_back is (history.scales if store.known else history.largest)
+        take_step(store, 3.0 - i / 8, 1000.0)
+    first, second = store.histories
+    assert first.known and first.scales.tolist() == [2.0**-7, 2.0**-7, 2.0**-14]  # 3 / 448 and 3 / 57,344, rounded up
+    assert second.scales.tolist() == [2.0**8, 2.0**2, 2.0**2]
+
+
+def test_limits_are_the_largest_numbers_of_the_formats_of_the_roles():
+    assert limits(RECIPES["fp8-delayed"]) == FP8
+    mixed = "output=e4m3/tensor/delayed, grad_input=e5m2/tensor/delayed x e4m3/tensor/delayed, grad_weight=e4m3/tensor/delayed"
+    assert limits(Recipe.parse(mixed)) == (448.0, 448.0, 0.0)
+    assert limits(Recipe.parse("output=e5m2/tensor/delayed")) == (57344.0, 57344.0, 0.0)
+
+
+def test_scales_of_a_role_in_two_formats_are_worked_out_where_they_are_used(monkeypatch):
+    monkeypatch.setitem(dispatch._choices, ("both layouts of fp8 codes", "cpu"), Choice("kernel", "a test"))
+    store = ScaleStore.of([ScaleHistory(limits=(448.0, 448.0, 0.0))], torch.device("cpu"))
+    for _ in range(5):
+        take_step(store, 1.0)
+    assert not store.known and store.histories[0].looks_back is store.histories[0].largest

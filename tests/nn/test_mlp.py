@@ -113,17 +113,19 @@ def test_a_gradient_under_a_known_scale_is_read_once_for_codes_and_maximum(kerne
     grad = torch.randn(48, 80, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     if value is not None:
         grad[40, 70] = value
-    names, kernel = [], dispatch.activate_both
-    monkeypatch.setattr(lowbit, "activate_both", lambda name, *rest: (names.append(name), kernel(name, *rest))[1])
+    read, kernel = [], dispatch.encode_noting
+    monkeypatch.setattr(
+        lowbit, "encode_noting", lambda parts, *rest: (read.append(len(parts)), kernel(parts, *rest))[1]
+    )
     found = []
     for once in (True, False):
         if not once:
             monkeypatch.setattr(lowbit, "noting", lambda *_: False)
         maxima = torch.zeros(3)
         draw = lowbit.Draw(None, torch.tensor([3.0, 3.0, 3.0]), maxima, True)
-        both = draw.both(grad, operand, "grad_input", GRADIENT, True)
+        both = draw.both([grad], operand, "grad_input", GRADIENT, True)
         found.append((both.matrix.codes, both.transpose.codes, both.matrix.scale, maxima))
-    assert names == ["identity"]
+    assert read == [1]
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one.float(), other.float(), rtol=0, atol=0, equal_nan=True)
     assert bool(found[0][2].isnan()) == (value is not None)
