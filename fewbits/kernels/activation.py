@@ -20,7 +20,7 @@ from fewbits.numerics.quantize import carrier
 
 NAMES = {"gelu": (1, 1), "gelu_backward": (2, 1), "swiglu": (2, 1), "swiglu_backward": (3, 2)}
 """Name -> how many tensors it takes, and how many it makes."""
-TILES = {"gelu": (32, 128, 4), "gelu_backward": (32, 64, 2), "swiglu": (32, 128, 4), "swiglu_backward": (64, 64, 4)}
+TILES = {"gelu": (32, 128, 4), "gelu_backward": (32, 64, 2), "swiglu": (64, 64, 4), "swiglu_backward": (64, 128, 8)}
 """Rows, columns and warps of a program of `activate_both`, the fastest of bench/layouts.py on an H200."""
 _BLOCK = 4096  # elements a program: two loads of 16 bytes a thread and tensor
 

@@ -27,9 +27,9 @@ TILE = (
     128,
     128,
 )  # elements of bf16 in 64 registers of each of 256 threads; both layouts are written 128 bytes at a time
-TILES = {"codes": ((*TILE, 8), (128, 64, 4)), "maximum": ((128, 64, 4),)}
-"""Rows, columns and warps of a program of `encode_both`, without and with the largest magnitude, in order of speed
-(bench/layouts.py on an H200): the first whose columns divide where parts begin is taken."""
+TILES = {"codes": (128, 64, 4), "maximum": (128, 64, 4)}
+"""Rows, columns and warps of a program of `encode_both`, without and with the largest magnitude: the fastest of
+bench/layouts.py on an H200."""
 _MOST = 3  # matrices side by side that a kernel reads
 _ALIGNED = 256  # bytes between the codes of two weights: a compiled graph copies inputs whose address is odd to it
 SCALE_STRIDE = 4  # numbers from one scale to the next, for the same reason: 16 bytes
@@ -60,9 +60,9 @@ def encode_both(
 
 
 def _tile(widths: Sequence[int], maximum: bool) -> tuple[int, int, int] | None:
-    """The tile for parts of these widths; None where no tile would be within one part, or there are too many."""
-    fitting = (tile for tile in TILES["maximum" if maximum else "codes"] if not any(C % tile[1] for C in widths[:-1]))
-    return next(fitting, None) if len(widths) <= _MOST else None
+    """The tile for parts of these widths; None where a tile would not be within one part, or there are too many."""
+    tile = TILES["maximum" if maximum else "codes"]
+    return None if len(widths) > _MOST or any(C % tile[1] for C in widths[:-1]) else tile
 
 
 def turn(codes: Tensor) -> Tensor:
