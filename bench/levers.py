@@ -4,8 +4,9 @@
         --out bench/results/levers_NAME.json
 
 A case is overrides of the recipe, separated by commas, and cases by semicolons; `+` stands for the comma inside of a precision.
-`compile=no|blocks|auto` says how much of the model is compiled at once. Whole steps (forward, backward, clipping, AdamW with
-exact master weights) on random tokens that lie on the device. `--profile N` adds the N kernels that take the longest.
+`compile=no|blocks|auto` says how much of the model is compiled at once, `split=no` puts the gradients of q, k and v side by
+side. Whole steps (forward, backward, clipping, AdamW with exact master weights) on random tokens that lie on the device.
+`--profile N` adds the N kernels that take the longest.
 """
 
 from __future__ import annotations
@@ -29,17 +30,22 @@ from fewbits.train.config import load_recipe, override
 
 def build(recipe: str, case: str, device: torch.device) -> tuple[Any, int]:
     """A step with its batch, as something to call, and the tokens in one call."""
-    config, compile = load_recipe(recipe), "auto"
+    config, compile, split = load_recipe(recipe), "auto", "yes"
     for pair in filter(None, case.split(",")):
         name, _, value = pair.strip().partition("=")
         if name == "compile":
             compile = value
+        elif name == "split":
+            split = value
         else:
             config = override(config, name, value.replace("+", ", "))
     config = config.check()
     model, _, step = build_step(config, Precision.parse(config.precision), device, compile != "no")
     if compile == "blocks":
         model._run_stack = None
+    if split == "no":
+        for block in model.blocks:
+            block.attention.qkv.splits = lambda _: False
     batch, parts = config.train.batch_size, config.train.micro_batches
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.model.vocab_size, (batch, config.model.context + 1), generator=generator).to(device)
