@@ -7,7 +7,8 @@ more than what a number format does. From n differences with mean m and standard
 
 - `same`: the whole interval lies inside [-margin, +margin] (equivalence, not absence of evidence);
 - `worse`, `better`: the whole interval lies above +margin, below -margin;
-- `not shown`: it straddles an edge; `seeds_needed` says how many seeds would decide at this mean and spread;
+- `not shown`: it straddles an edge; `seeds_needed` says how many seeds would decide at this mean and spread, and the reason
+  whether it is shown at least that nothing beyond the margin is lost (non-inferiority: the interval ends below +margin);
 - `diverged`: some difference is not a number: a run of the variant left the finite numbers.
 
 Fewer than three seeds are never a verdict.
@@ -85,6 +86,8 @@ def verdict(differences: Sequence[float], margin: float = 0.005) -> Verdict:
         return Verdict(kind, mean, interval, margin, n)
     needed_seeds = seeds_that_decide(mean, spread, margin, least=n + 1)
     hint = f"about {needed_seeds} seeds would decide" if needed_seeds else f"over {MOST_SEEDS} seeds would be needed"
+    if interval[1] <= margin:
+        hint = f"no more than {100 * margin:g} % worse; {hint}"
     return Verdict("not shown", mean, interval, margin, n, needed_seeds, hint)
 
 

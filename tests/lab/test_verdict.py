@@ -82,6 +82,13 @@ def test_verdict_kinds(differences: list[float], kind: str) -> None:
     assert verdict(differences).kind == kind
 
 
+def test_what_is_not_shown_to_be_the_same_may_be_shown_to_lose_nothing() -> None:
+    better, worse = verdict([-0.008, -0.002, -0.005]), verdict([0.008, 0.002, 0.005])  # -0.5 % +- 0.745 %
+    assert better.kind == worse.kind == "not shown"
+    assert better.reason.startswith("no more than 0.5 % worse; ") and "worse" not in worse.reason
+    assert "no more than 1 % worse" in verdict([-0.016, -0.004, -0.010], 0.01).reason
+
+
 @pytest.mark.parametrize("differences", [[], [0.0], [0.5], [0.0, 0.0], [0.5, 0.5]])
 def test_fewer_than_three_seeds_are_never_a_verdict(differences: list[float]) -> None:
     result = verdict(differences)
