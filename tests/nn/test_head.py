@@ -102,6 +102,20 @@ def test_an_fp8_head_multiplies_the_codes_of_its_operands(monkeypatch, piece_byt
     assert not torch.equal(found[2], gradients_of("working", hidden, weight, labels)[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logits_of_an_fp8_head_are_rounded_as_asked(dtype):
+    hidden, weight, labels = fp8_case()
+    x, w = (quantize(matrix.reshape(-1, 32), "fp8_e4m3").dequantize() for matrix in (hidden, weight))
+    losses = loss_definition.softmax_losses((x @ w.t()).to(dtype), labels.reshape(-1))
+    name = {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    found, others = (
+        loss_sum(hidden, weight.requires_grad_(), labels, False, None, logits, "fp8").item()
+        for logits in (name, "fp32")
+    )
+    # sums of 32 products in another order move one logit in thousands to the next number of its format
+    assert abs(found - float(losses.sum())) < 0.1 * abs(found - others)
+
+
 def test_an_fp8_head_is_the_working_one_within_its_formats():
     hidden, weight, labels = fp8_case(8, 128, 509, 64)
     exact, found = (gradients_of(head, hidden, weight, labels) for head in ("working", "fp8"))
