@@ -5,7 +5,7 @@
         --data python-all --tokenizer bpe:50257 --batch_size 32 --micro_batches 1 --max_steps 1530 --warmup_steps 150 \
         --eval_every 153 --eval_batches 4 --compile true                      # one curve of 50M tokens a precision
 
-OPTIONS are those of `fewbits train`. Precisions with commas in them are separated by `;`.
+OPTIONS are those of `fewbits train`. Precisions are separated as in `fewbits compare`.
 
 Losses only: trainings that share a machine say nothing about speed. Writes bench/results/NAME.json (or into --out, or $OUT):
 the verdicts, what was learned, and of every training the losses along the way, training and held out. A training that is
@@ -30,6 +30,8 @@ from typing import Any
 from blocks import ROOT, header
 
 sys.path.insert(0, str(ROOT))
+
+from fewbits.lab.variants import split_values
 
 KEPT = ("status", "val_loss", "bits_per_byte", "final_loss", "steps", "tokens", "epochs", "skipped_steps", "reason")
 POINTS = 200  # of a training curve at most: the file stays readable
@@ -104,7 +106,7 @@ def main() -> None:
     if before and [before["recipe"], before["options"]] != [a.recipe, a.options]:
         parser.error(f"{path} holds trainings of {before['recipe']} {' '.join(before['options'])}: give another --name")
     runs = [run for run in before.get("runs", []) if run["status"] != "crashed"]
-    precisions = [name.strip() for name in a.precisions.split(";" if ";" in a.precisions else ",")]
+    precisions = split_values(a.precisions)
     have = {(run["variant"], run["seed"]) for run in runs}
     missing = [(p, seed) for seed in range(a.seeds) for p in precisions if (p, seed) not in have]
 

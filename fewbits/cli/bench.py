@@ -16,7 +16,11 @@ from fewbits.train.config import load_recipe, override
 @click.command(cls=ConfigCommand, name="bench")
 @click.argument("recipe", required=False)
 @click.option("--config", "file", metavar="FILE", help="A recipe of your own in place of RECIPE.")
-@click.option("--precisions", metavar="A,B,C", help="Which to time; default: all that run natively here.")
+@click.option(
+    "--precisions",
+    metavar="A,B,C",
+    help="Which to time; default: all that run natively here. ';' separates those with commas.",
+)
 @click.option("--seconds", type=float, default=3.0, metavar="X", help="Timed seconds for each precision. [3]")
 def bench(recipe: str | None, file: str | None, precisions: str | None, seconds: float, given: dict[str, str]) -> int:
     """Measure what this device allows and where a training step's time goes.
@@ -27,6 +31,7 @@ def bench(recipe: str | None, file: str | None, precisions: str | None, seconds:
     \b
     fewbits bench
     fewbits bench gpt2-124m --precisions bf16-mixed,fp8
+    fewbits bench gpt2-124m --precisions "fp8; fp8, head=fp8"
     """
     if recipe is not None and file is not None:
         raise FewbitsError(f"RECIPE {recipe!r} and --config {file!r} were both given. Keep one.")

@@ -17,7 +17,11 @@ from fewbits.train.config import load_recipe
 @click.command(cls=ConfigCommand, name="compare")
 @click.argument("recipe", required=False)
 @click.option("--config", "file", metavar="FILE", help="A recipe of your own in place of RECIPE.")
-@click.option("--precisions", metavar="A,B,C", help="Precisions to compare; the first is the reference.")
+@click.option(
+    "--precisions",
+    metavar="A,B,C",
+    help="Precisions to compare; the first is the reference. ';' separates those with commas.",
+)
 @click.option(
     "--vary", metavar="KEY=A,B,C", help="Compare values of any option instead; ';' separates values with commas."
 )
@@ -54,6 +58,7 @@ def compare(
     \b
     fewbits compare
     fewbits compare gpt2-124m --precisions fp32,bf16-mixed --seeds 3 --max_steps 500
+    fewbits compare --precisions "bf16-mixed; bf16-mixed, head=fp8"
     fewbits compare --vary optim.lr=1e-3,3e-3 --precision fp32
     """
     from fewbits.lab.compare import DEFAULT_BUDGET

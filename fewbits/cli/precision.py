@@ -14,6 +14,7 @@ def precision(name: str, device: str) -> None:
 
     \b
     Overrides follow the name:   fewbits precision "bf16-mixed, master=fp32"
+    The loss head in fp8 too:    fewbits precision "fp8, head=fp8"
     Bf16 where it is as fast:    fewbits precision fp8-auto, the same as "fp8, layers=auto"
     A recipe can be written out: fewbits precision "output=e4m3/row, grad_input=e5m2/tensor, grad_weight=bf16"
     """

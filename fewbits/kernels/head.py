@@ -20,7 +20,7 @@ from fewbits.numerics.loss import gradient_scale, piece_rows
 from fewbits.numerics.loss import softmax_codes as definition
 from fewbits.numerics.quantize import Both, Quantized
 from fewbits.numerics.wide import wide_dtype
-from fewbits.precision.recipe import RECIPES, Operand
+from fewbits.precision.recipe import RECIPES, Matmul, Operand
 
 _CODES = 1  # byte of a gradient beside its logit: the codes of the other layout take the memory of the logits
 
@@ -34,12 +34,10 @@ def fp8_gradients(
     definition. The gradient of the weight is summed in fp32 over all tokens and rounded once. An operand that is not finite
     makes losses that are not.
     """
-    output, grad_input, grad_weight = RECIPES["fp8"].matmuls
-    assert output is not None and grad_input is not None and grad_weight is not None
+    output, grad_input, grad_weight = _matmuls()
     N, V, dtype, wide = labels_N.shape[0], weight_VD.shape[0], hidden_ND.dtype, wide_dtype(hidden_ND.dtype)
     hidden, weight = _both(hidden_ND, output.left), _both(padded(weight_VD), output.right)
-    W, operand, make = len(weight.matrix.codes), grad_input.left, softmax_codes if kernel else definition
-    scale = gradient_scale(factor, operand.format)
+    columns, scale = len(weight.matrix.codes), gradient_scale(factor, grad_input.left.format)
     losses_N, grad_hidden_ND = hidden_ND.new_empty(N, dtype=wide), torch.empty_like(hidden_ND)
     grad_weight_WD: Tensor | None = None
     rows = piece_rows(N, V, hidden_ND.device.type, logits.itemsize + _CODES)
@@ -49,19 +47,32 @@ def fp8_gradients(
             replace(q, codes=q.codes[at]) for q, at in ((hidden.matrix, piece), (hidden.transpose, (..., piece)))
         )
         logits_PV = scaled_matmul(left, weight.matrix, output.accumulator, logits)[:, :V]
-        losses_N[piece], codes_PV = make(logits_PV, labels_N[piece], factor, scale, operand.format)
+        losses_N[piece], gradient = _softmax(logits_PV, labels_N[piece], factor, scale, columns, kernel)
         del logits_PV
-        codes_PW = with_padding(codes_PV, W)
-        gradient = Quantized(codes_PW, scale, operand.format, operand.granularity, operand.scaling)
         grad_hidden_ND[piece] = scaled_matmul(gradient, weight.transpose, grad_input.accumulator, dtype)
-        gradient = replace(gradient, codes=turned(codes_PW))
-        del codes_PV, codes_PW
+        gradient = replace(gradient, codes=turned(gradient.codes))
         product_WD = scaled_matmul(gradient, right, grad_weight.accumulator, wide)
         grad_weight_WD = product_WD if grad_weight_WD is None else grad_weight_WD.add_(product_WD)
         del gradient, product_WD
     if grad_weight_WD is None:  # no token at all
         return losses_N, grad_hidden_ND, torch.zeros_like(weight_VD)
     return losses_N, grad_hidden_ND, grad_weight_WD[:V].to(weight_VD.dtype)
+
+
+def _matmuls() -> tuple[Matmul, Matmul, Matmul]:
+    output, grad_input, grad_weight = RECIPES["fp8"].matmuls
+    assert output is not None and grad_input is not None and grad_weight is not None
+    return output, grad_input, grad_weight
+
+
+def _softmax(
+    logits_PV: Tensor, labels_P: Tensor, factor: Tensor, scale: Tensor, columns: int, kernel: bool
+) -> tuple[Tensor, Quantized]:
+    """Losses [P], and the gradient of the logits as the left operand of grad_input: [P, columns], zero beside the logits."""
+    operand, make = _matmuls()[1].left, softmax_codes if kernel else definition
+    losses_P, codes_PV = make(logits_PV, labels_P, factor, scale, operand.format)
+    codes_PW = with_padding(codes_PV, columns)
+    return losses_P, Quantized(codes_PW, scale, operand.format, operand.granularity, operand.scaling)
 
 
 def _both(x: Tensor, operand: Operand) -> Both:

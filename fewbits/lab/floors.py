@@ -58,12 +58,13 @@ def floors(
     native = matmul_execution(precision.operand, device).value == "native"
     operand = precision.operand if native else Format.parse("fp32")
     width = precision.working.bits // 8
+    narrow = 1 if precision.head == "fp8" else width  # a gradient that is made as codes is never written otherwise
     return {
         MATMUL: _matmuls(model, tokens, precision, hardware, operand, ceilings),
         ATTENTION_PART: _attention(model, tokens, operand, ceilings),
         LOSS_PART: _moved(
-            tokens * model.vocab_size * 2 * width,
-            f"{tokens:,} x {model.vocab_size:,} logits read once, their gradient written once, {width} bytes each",
+            tokens * model.vocab_size * (width + narrow),
+            f"{tokens:,} x {model.vocab_size:,} logits read once, their gradient written once, {width} and {narrow} bytes each",
             ceilings,
         ),
         ELEMENTWISE: _moved(
@@ -129,9 +130,11 @@ def elementwise_bytes(model: ModelConfig, tokens: int, width: int) -> int:
 
 
 def quantized_bytes(model: ModelConfig, tokens: int, precision: Precision, width: int) -> int:
-    """Bytes that quantizing the operands of few-bit matmuls moves: activations, gradients of outputs, weights."""
-    if not precision.recipe:
-        return 0
+    """Bytes that quantizing the operands of few-bit matmuls moves: activations, gradients of outputs, weights; of an fp8 head,
+    whose gradient the loss makes as codes, hidden states and weight."""
     sides = sum(k + o for k, o in block_weights(model))
     weights = sum(k * o for k, o in block_weights(model))
-    return model.n_layer * (width + 1) * (tokens * sides + weights)
+    elements = model.n_layer * (tokens * sides + weights) if precision.recipe else 0
+    if precision.head == "fp8":
+        elements += (tokens + model.vocab_size) * model.n_embd
+    return (width + 1) * elements

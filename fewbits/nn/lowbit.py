@@ -245,8 +245,7 @@ def apart(parts: Sequence[Tensor], recipe: Recipe, needed: tuple[bool, bool]) ->
     lie."""
     if recipe.grad_input is None or not all(needed) or not shared_gradient(recipe):
         return False
-    operand = recipe.grad_input.left
-    return in_layouts(parts, operand.format, operand.granularity, operand.rounding, operand.scaling)
+    return _in_layouts(parts, recipe.grad_input.left)
 
 
 def limits(recipe: Recipe) -> tuple[float, float, float]:
@@ -373,8 +372,7 @@ def coded(
 def noting(parts: Sequence[Tensor], operand: Operand) -> bool:
     """Whether one kernel reads a gradient for its codes and its largest magnitude. A compiler that wants the magnitude of what
     it writes reduces by rows, at half the speed of writing; and where autograd has the gradient it is written anyway."""
-    kernel = activation_execution(parts[0].device).value == "kernel"
-    return kernel and in_layouts(parts, operand.format, operand.granularity, operand.rounding, operand.scaling)
+    return activation_execution(parts[0].device).value == "kernel" and _in_layouts(parts, operand)
 
 
 def honest(scale: Tensor, amax: Tensor) -> Tensor:
@@ -446,7 +444,11 @@ def together(layer: Any) -> bool:
     operand, weight = _shared_operand(layer.recipe), layer.weight
     if layer.fake or operand is None or not weight.is_contiguous():
         return False
-    return in_layouts([weight], operand.format, operand.granularity, operand.rounding, operand.scaling)
+    return _in_layouts([weight], operand)
+
+
+def _in_layouts(parts: Sequence[Tensor], operand: Operand) -> bool:
+    return in_layouts(parts, operand.format, operand.granularity, operand.rounding, operand.scaling)
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -11,7 +11,8 @@ from torch import nn
 from fewbits.choice import Choice
 from fewbits.errors import FewbitsError, nearest
 from fewbits.formats import Format
-from fewbits.nn.eligible import eligible
+from fewbits.nn.eligible import MULTIPLE, eligible
+from fewbits.nn.transformer import Transformer
 from fewbits.precision.precision import Precision
 from fewbits.precision.recipe import Recipe
 
@@ -33,9 +34,13 @@ class Plan:
 
 
 def make_plan(model: nn.Module, precision: Precision, keep: Iterable[str]) -> Plan:
-    """Raises FewbitsError where a pattern of `keep` matches nothing, or no layer is left for the recipe."""
+    """Raises FewbitsError where a pattern of `keep` matches nothing, no layer is left for the recipe, or the head cannot be
+    what is asked for."""
     exceptions, kept_out = _exceptions(model, keep, precision)
     lowbit = eligible(model, precision.recipe, {*exceptions, *kept_out})
+    if precision.head != "working":
+        _refuse_head(model, precision, {*exceptions, *kept_out})
+        lowbit.pop("head", None)  # it does not stay out: the precision says how it multiplies
     _refuse_nothing(lowbit, precision)
     return Plan(precision, exceptions, lowbit)
 
@@ -69,13 +74,35 @@ def choices(plan: Plan, layers: Mapping[str, Choice] | None) -> dict[str, Choice
     return {name: Choice(str(recipes[c.value]) if recipes[c.value] else "", c.reason) for name, c in layers.items()}
 
 
+def _refuse_head(model: nn.Module, precision: Precision, kept: Collection[str]) -> None:
+    asked = f"head={precision.head}"
+    if not isinstance(model, Transformer):
+        raise FewbitsError(
+            f"{asked} changes the loss head of fewbits.Transformer; this {type(model).__name__} makes its logits itself. "
+            "Leave it out."
+        )
+    name, width = "embed" if model.head is None else "head", model.config.n_embd
+    if name in kept:
+        raise FewbitsError(
+            f"{asked} contradicts a keep that names '{name}', whose weight the head multiplies. Leave one out."
+        )
+    if width % MULTIPLE:
+        raise FewbitsError(
+            f"{asked} would win nothing: n_embd={width} is not divisible by {MULTIPLE}, and no device multiplies such codes. "
+            "Leave it out, or choose another width."
+        )
+
+
 def _refuse_nothing(lowbit: Mapping[str, tuple[bool, str]], precision: Precision) -> None:
     """A recipe that changes nothing must not look as if it did."""
     if not precision.recipe or any(taken for taken, _ in lowbit.values()):
         return
     shown = "; ".join(f"{name}: {reason}" for name, (_, reason) in list(lowbit.items())[:4])
     what = f"no linear layer that it takes ({shown})" if shown else "no linear layer"
-    raise FewbitsError(f"{precision} would change nothing: the model has {what}. Use {precision.working}-mixed.")
+    head = "" if precision.head == "working" else f", head={precision.head}"
+    raise FewbitsError(
+        f"The recipe of {precision} would change nothing: the model has {what}. Use '{precision.working}-mixed{head}'."
+    )
 
 
 def _exceptions(

@@ -86,15 +86,14 @@ def prepare(
 
     Raises:
         FewbitsError: the model is prepared or quantized already, a pattern matches nothing, a parameter cannot be
-            rounded, no layer is left for the recipe, `layers` are not those of the model, or it has no loss head for
-            head=fp8. The model is then unchanged.
+            rounded, no layer is left for the recipe, `layers` are not those of the model, or it has no loss head that
+            head=fp8 fits. The model is then unchanged.
     """
     precision = Precision.parse(precision) if isinstance(precision, str) else precision
     if (before := getattr(model, "fewbits_precision", None)) is not None:
         raise FewbitsError(f"the model is prepared as {before} already; prepare a fresh model as {precision}.")
     refuse_packed(model, f"be prepared as {precision}")
     plan = make_plan(model, precision, keep)
-    _refuse_head(model, plan)
     _refuse_not_finite(model)
     chosen = choices(plan, layers)
     change = _Change(Report(precision), {}, _Undo(), {id(p): name for name, p in model.named_parameters()})
@@ -149,7 +148,8 @@ def _prepare_whole(model: nn.Module, precision: Precision, change: _Change) -> N
         model.tf32 = precision.operand.name == "tf32"
         model.logits, model.head_format = precision.logits, precision.head
         if precision.head == "fp8":
-            change.report.rows.append(("loss head", "matmuls", "fp8", f"asked for; {precision.working} in evaluation"))
+            why = f"asked for; {precision.working} in evaluation"
+            change.report.rows.append(("matmuls of the loss head", type(model).__name__, "fp8", why))
     if precision.recipe:
         for function in (fake_linear,) if precision.recipe.fake else (lowbit_linear, lowbit_mlp):
             let_compilers_in(function)
@@ -242,20 +242,6 @@ def _in_words(recipe: str, precision: Precision) -> str:
     if recipe == str(precision.recipe):
         return str(precision)
     return str(precision.replace(recipe=recipe_of(recipe), layers="all"))
-
-
-def _refuse_head(model: nn.Module, plan: Plan) -> None:
-    if plan.precision.head == "working":
-        return
-    if not isinstance(model, Transformer):
-        raise FewbitsError(
-            f"head={plan.precision.head} changes the loss head of fewbits.Transformer; this {type(model).__name__} makes its "
-            "logits itself. Leave it out."
-        )
-    name = "embed" if model.head is None else "head"
-    if name in plan.exceptions:
-        format, reason = plan.exceptions[name]
-        raise FewbitsError(f"head={plan.precision.head} contradicts {format} for '{name}' ({reason}). Leave one out.")
 
 
 def not_finite(model: nn.Module) -> Iterator[str]:

@@ -37,7 +37,7 @@ class Precision:
         on CUDA where the working weight has 16 bits, else the reduction format.
     head: how the three matmuls of the loss head multiply in training: "working", in the format of its weight, or "fp8": e4m3
         hidden states and weight, e5m2 gradient of the logits, a power of two each, as the recipe fp8 multiplies.
-        Evaluation and generation take the working format.
+        Evaluation, generation and a loss of one's own, which is given logits, take the working format.
     recipe: how the matmuls of linear layers multiply in few bits; empty where they do not.
     layers: which linear layers the recipe takes: "all" that it can, or "auto": each shape multiplies as fast as a timing on
         this device shows that it can, by the whole recipe, a part of it, or in the working format (`choose_layers`).

@@ -107,6 +107,8 @@ def _kept(precision: Precision, report: Any) -> Row:
     kept = list(getattr(report, "kept", ()))
     if precision.recipe and report is None:
         kept_out = KEPT_FAKE if precision.recipe.fake else KEPT
+        if precision.head != "working":
+            kept_out = kept_out.replace(" head,", "")
         return (
             "kept",
             "",

@@ -265,7 +265,7 @@ def show_summary(display: Display, summary: Mapping[str, Any], wrote: Iterable[s
         speed += f", {summary['ms_per_step']:,.1f} ms a step"
     if summary.get("mfu") is not None:
         speed += f", mfu {100 * summary['mfu']:.1f} %"
-    display.fact("speed", speed + (f", {skipped:,} steps skipped" if skipped else ""))
+    display.fact("speed", speed + (f", {skipped:,} {'step' if skipped == 1 else 'steps'} skipped" if skipped else ""))
     if summary.get("memory"):
         roles = ", ".join(f"{role} {size(count)}" for role, count in summary["memory"].items() if count)
         display.fact("memory", f"{size(summary['peak_memory_bytes'])} at the peak: {roles}")

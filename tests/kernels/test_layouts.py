@@ -103,6 +103,19 @@ def test_more_matrices_than_a_kernel_reads_are_put_side_by_side():
     assert_defined([matrix((3, 64)) for _ in range(4)], torch.ones(1, 1), E4M3)
 
 
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("early", [False, True])
+def test_dispatch_takes_all_matrices_side_by_side_in_compiled_code_too(early, traced, monkeypatch):
+    """Under a scale that is known early a compiler writes the codes of one matrix itself, of several the kernel."""
+    monkeypatch.setitem(dispatch._choices, ("both layouts of fp8 codes", "cpu"), Choice("kernel", "a test"))
+    monkeypatch.setattr(dispatch, "_traced", lambda _: traced)
+    parts, scale = [matrix((3, 64)), matrix((3, 40))], torch.ones(1, 1)
+    found = dispatch.encode_both(parts, scale, E4M3, Granularity(), "nearest-even", 0, "delayed", early=early)
+    wanted, wanted_t, *_ = definition.encode_both(parts, scale, E4M3)
+    same(found.matrix.codes, wanted)
+    same(found.transpose.codes, wanted_t)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_in_any_part_shows_in_the_largest_magnitude(value):
     for spoilt in range(3):

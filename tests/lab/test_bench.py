@@ -120,6 +120,11 @@ def test_floors_of_gpt2_on_an_h100_are_those_of_the_design() -> None:
     assert fp8[OPTIMIZER].ms == pytest.approx(26 * 124.5e6 / 3e9, rel=0.02)
     assert fp8[LOSS_PART].ms == pytest.approx(32768 * 50304 * 4 / 3e9, rel=0.01)
     assert fp8[QUANTIZATION].ms > 0 == bf16[QUANTIZATION].ms == fp8[GAPS].ms
+    whole = floors(model, 32768, Precision.parse("fp8, head=fp8"), *arguments)
+    assert whole[MATMUL].ms == pytest.approx(1e3 * (blocks + head) / 1.3e15, rel=0.01)
+    assert whole[LOSS_PART].ms == pytest.approx(fp8[LOSS_PART].ms * 3 / 4, rel=0.01)  # a byte a gradient, not two
+    operands = whole[QUANTIZATION].ms - fp8[QUANTIZATION].ms
+    assert operands == pytest.approx(3 * (32768 + 50304) * 768 / 3e9, rel=0.01)
 
 
 def test_bytes_of_the_elementwise_part_are_those_of_fused_passes() -> None:

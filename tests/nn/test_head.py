@@ -102,6 +102,20 @@ def test_an_fp8_head_multiplies_the_codes_of_its_operands(monkeypatch, piece_byt
     assert not torch.equal(found[2], gradients_of("working", hidden, weight, labels)[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logits_of_an_fp8_head_are_rounded_as_asked(dtype):
+    hidden, weight, labels = fp8_case()
+    x, w = (quantize(matrix.reshape(-1, 32), "fp8_e4m3").dequantize() for matrix in (hidden, weight))
+    losses = loss_definition.softmax_losses((x @ w.t()).to(dtype), labels.reshape(-1))
+    name = {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    found, others = (
+        loss_sum(hidden, weight.requires_grad_(), labels, False, None, logits, "fp8").item()
+        for logits in (name, "fp32")
+    )
+    # sums of 32 products in another order move one logit in thousands to the next number of its format
+    assert abs(found - float(losses.sum())) < 0.1 * abs(found - others)
+
+
 def test_an_fp8_head_is_the_working_one_within_its_formats():
     hidden, weight, labels = fp8_case(8, 128, 509, 64)
     exact, found = (gradients_of(head, hidden, weight, labels) for head in ("working", "fp8"))
@@ -113,8 +127,31 @@ def test_an_fp8_head_is_the_working_one_within_its_formats():
 
 def test_an_announced_factor_scales_the_gradients_of_an_fp8_head_and_changes_nothing_else():
     hidden, weight, labels = fp8_case()
-    one, scaled = (gradients_of("fp8", hidden, weight, labels, factor) for factor in (2.0**-5, 2.0**11))
-    assert torch.equal(one[1] * 2**16, scaled[1]) and torch.equal(one[2] * 2**16, scaled[2])
+    one = gradients_of("fp8", hidden, weight, labels, 2.0**-5)
+    for times in (2.0**16, -1.0):
+        scaled = gradients_of("fp8", hidden, weight, labels, times * 2.0**-5)
+        assert scaled[0] == one[0] and all(torch.equal(times * one[i], scaled[i]) for i in (1, 2))
+
+
+@pytest.mark.parametrize("factor", [torch.inf, torch.nan])
+def test_a_factor_that_is_not_finite_leaves_no_finite_gradient_that_a_step_could_apply(factor):
+    found = gradients_of("fp8", *fp8_case(), factor)
+    assert found[0].isfinite() and not found[1].isfinite().any() and not found[2].isfinite().any()
+
+
+def test_an_overflowing_loss_scale_withholds_a_step_through_an_fp8_head():
+    model = Transformer(ModelConfig(vocab_size=61, context=16, n_layer=1, n_head=2, n_embd=16))
+    fewbits.prepare(model, "fp16-mixed, head=fp8, loss_scale=dynamic:initial=16777216,hysteresis=1")
+    step = fewbits.Step(model, fewbits.AdamW(model.named_parameters(), lr=1e-3), model.fewbits_precision)
+    ids = torch.arange(16).view(1, 16) % 3  # one label in three: gradients of 2^24 / 3 and more, beyond fp16
+    before = model.embed.weight.detach().clone()
+    for i in range(10):
+        result = step([{"input_ids": ids, "labels": ids}])
+        assert float(result.loss_scale) == 2.0 ** (24 - i) and result.loss.isfinite()
+        if result.applied:
+            break
+        assert torch.equal(model.embed.weight, before)
+    assert 2 < i < 10 and result.applied and not torch.equal(model.embed.weight, before)
 
 
 @pytest.mark.parametrize("bad", ["hidden", "weight"])
@@ -141,10 +178,41 @@ def test_prepare_hands_the_head_of_the_precision_to_the_model_and_says_so():
         assert model.loss_sum(batch).item() != plain.loss_sum(batch).item()
         with torch.no_grad():  # evaluation takes the working format
             assert model.loss_sum(batch).item() == plain.loss_sum(batch).item()
-        assert ("loss head", "matmuls", "fp8", "asked for; bf16 in evaluation") in model.fewbits_report.rows
+        row = ("matmuls of the loss head", "Transformer", "fp8", "asked for; bf16 in evaluation")
+        assert row in model.fewbits_report.rows
         assert unprepare(model).head_format == "working"
-        with pytest.raises(FewbitsError, match="contradicts"):
-            fewbits.prepare(Transformer(config), "bf16, head=fp8", keep=["embed=fp32" if tied else "head=fp32"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("precision", ["bf16, head=fp8", "fp8, head=fp8"])
+def test_an_fp8_head_that_keep_names_is_refused(precision, tied):
+    """In a precision with a recipe too, where a name alone says that something stays in the working format."""
+    config = ModelConfig(vocab_size=61, context=16, n_layer=1, n_head=2, n_embd=64, tied=tied)
+    name = "embed" if tied else "head"
+    for pattern in (name, f"{name}=fp32", f"{name[:2]}*"):
+        with pytest.raises(FewbitsError, match=f"contradicts a keep that names '{name}'"):
+            fewbits.prepare(Transformer(config), precision, keep=[pattern])
+    assert fewbits.prepare(Transformer(config), precision, keep=["blocks.0.mlp"]).head_format == "fp8"
+
+
+def test_a_report_does_not_say_that_an_fp8_head_stays_out():
+    config = ModelConfig(vocab_size=61, context=16, n_layer=1, n_head=2, n_embd=64, tied=False)
+    report = fewbits.prepare(Transformer(config), "fp8, head=fp8").fewbits_report
+    assert not any(row[0] == "head" for row in report.kept)
+    shown = " ".join(report.precision.table(report).split())
+    assert "; head in bf16; matmuls of the loss head in fp8;" in shown
+
+
+def test_an_fp8_head_of_a_width_that_no_device_multiplies_is_refused():
+    with pytest.raises(FewbitsError, match="n_embd=40 is not divisible by 16"):
+        config = ModelConfig(vocab_size=61, context=16, n_layer=1, n_head=2, n_embd=40)
+        fewbits.prepare(Transformer(config), "bf16, head=fp8")
+
+
+def test_a_recipe_that_takes_no_layer_names_the_precision_that_keeps_the_fp8_head():
+    with pytest.raises(FewbitsError, match="Use 'bf16-mixed, head=fp8'"):
+        config = ModelConfig(vocab_size=61, context=16, n_layer=1, n_head=2, n_embd=16)
+        fewbits.prepare(Transformer(config), "fp8, head=fp8")
 
 
 def test_a_model_that_makes_its_own_logits_is_refused_an_fp8_head_and_left_alone():

@@ -299,7 +299,17 @@ def test_limits_are_the_largest_numbers_of_the_formats_of_the_roles():
     assert limits(RECIPES["fp8-delayed"]) == FP8
     mixed = "output=e4m3/tensor/delayed, grad_input=e5m2/tensor/delayed x e4m3/tensor/delayed, grad_weight=e4m3/tensor/delayed"
     assert limits(Recipe.parse(mixed)) == (448.0, 448.0, 0.0)
+    activations = mixed.replace("grad_weight=e4m3", "grad_weight=e5m2/tensor/delayed x e5m2")
+    assert limits(Recipe.parse(activations)) == (0.0, 448.0, 57344.0)
     assert limits(Recipe.parse("output=e5m2/tensor/delayed")) == (57344.0, 57344.0, 0.0)
+
+
+def test_prepared_layers_and_their_copies_can_know_their_scales():
+    """Without limits they would train alike, by launches that a step with known scales spares."""
+    model = fewbits.prepare(Transformer(CONFIG), "fp8-delayed")
+    for one in (model, copy.deepcopy(model)):
+        histories = [layer.history for layer in one.modules() if getattr(layer, "history", None) is not None]
+        assert len(histories) == 5 and all(history.limits == FP8 for history in histories)
 
 
 def test_scales_of_a_role_in_two_formats_are_worked_out_where_they_are_used(monkeypatch):

@@ -57,6 +57,8 @@ def test_it_says_what_an_fp8_head_multiplies_and_where():
     assert "e5m2" in row(shown, "head") and "bf16 in evaluation" in row(shown, "head")
     assert "head emulated" in row(shown, "runs")
     assert "\nhead " not in Precision.parse("bf16").table()
+    assert "embedding, head, router" in row(Precision.parse("fp8").table(), "kept")
+    assert "embedding, router" in row(Precision.parse("fp8, head=fp8").table(), "kept")
 
 
 def test_it_says_what_logits_are_rounded_to_and_where():
