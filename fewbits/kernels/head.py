@@ -16,12 +16,13 @@ from torch import Tensor
 from fewbits.kernels.dispatch import quantize_both, turned
 from fewbits.kernels.loss import padded, softmax_codes, with_padding
 from fewbits.kernels.matmul import scaled_matmul
-from fewbits.numerics.loss import gradient_scale, piece_rows
+from fewbits.numerics.loss import IGNORE, gradient_scale, piece_rows
 from fewbits.numerics.loss import softmax_codes as definition
 from fewbits.numerics.quantize import Both, Quantized
 from fewbits.numerics.wide import wide_dtype
 from fewbits.precision.recipe import RECIPES, Matmul, Operand
 
+_ROWS = 16  # what an fp8 instruction wants a contraction to be a multiple of
 _CODES = 1  # byte of a gradient beside its logit: the codes of the other layout take the memory of the logits
 
 
@@ -34,6 +35,13 @@ def fp8_gradients(
     definition. The gradient of the weight is summed in fp32 over all tokens and rounded once. An operand that is not finite
     makes losses that are not.
     """
+    if (
+        missing := -len(labels_N) % _ROWS
+    ):  # the sum over tokens is a contraction: what fp8 instructions do not take runs in fp32
+        pad = torch.nn.functional.pad
+        given = pad(hidden_ND, (0, 0, 0, missing)), weight_VD, pad(labels_N, (0, missing), value=IGNORE), factor
+        losses_N, grad_hidden_ND, grad_weight_VD = fp8_gradients(*given, logits=logits, kernel=kernel)
+        return losses_N[:-missing], grad_hidden_ND[:-missing], grad_weight_VD
     output, grad_input, grad_weight = _matmuls()
     N, V, dtype, wide = labels_N.shape[0], weight_VD.shape[0], hidden_ND.dtype, wide_dtype(hidden_ND.dtype)
     hidden, weight = _both(hidden_ND, output.left), _both(padded(weight_VD), output.right)

@@ -7,7 +7,7 @@ import torch
 
 import fewbits
 from fewbits import FewbitsError, ModelConfig, Transformer
-from fewbits.kernels import dispatch
+from fewbits.kernels import dispatch, head
 from fewbits.nn.head import loss_sum
 from fewbits.numerics import loss as loss_definition
 from fewbits.numerics.loss import gradient_factor
@@ -159,6 +159,27 @@ def test_an_operand_that_is_not_finite_makes_a_loss_of_an_fp8_head_that_is_not(b
     hidden, weight, labels = fp8_case()
     (hidden if bad == "hidden" else weight).view(-1)[5] = torch.inf
     assert not gradients_of("fp8", hidden, weight, labels)[0].isfinite()
+
+
+@pytest.mark.parametrize("kept", [120, 112, 33, 1])
+def test_an_fp8_head_has_whole_sixteens_of_tokens_multiplied_whatever_their_number(monkeypatch, kept):
+    rows, multiply = [], head.scaled_matmul
+
+    def spy(left, right, *rest):
+        rows.append((left.codes.shape, right.codes.shape))
+        return multiply(left, right, *rest)
+
+    monkeypatch.setattr(head, "scaled_matmul", spy)
+    hidden, weight, labels = fp8_case()
+    given = hidden.view(-1, 32)[:kept], weight, labels.view(-1)[:kept], torch.tensor(2.0**-5)
+    losses, grad_hidden, grad_weight = head.fp8_gradients(*given, logits=torch.float32, kernel=False)
+    assert losses.shape == (kept,) and grad_hidden.shape == (kept, 32) and grad_weight.shape == weight.shape
+    assert all(side % 16 == 0 for shapes in rows for shape in shapes for side in shape)
+    more = torch.full((16,), -100)  # tokens without labels change nothing, their hidden states as large as others
+    padded = torch.cat((given[0], given[0][:1].expand(16, -1))), weight, torch.cat((given[2], more)), given[3]
+    others = head.fp8_gradients(*padded, logits=torch.float32, kernel=False)
+    assert torch.equal(losses, others[0][:kept]) and torch.equal(grad_hidden, others[1][:kept])
+    torch.testing.assert_close(grad_weight, others[2], rtol=2.0**-8, atol=2.0**-20)  # fp32 sums in another order
 
 
 def test_tokens_without_labels_have_no_gradient_in_fp8():
