@@ -1,9 +1,10 @@
 """The loss head in fp8: three matmuls of codes, and between them the softmax in fp32.
 
 Hidden states and weight are e4m3 under a power of two each, from their largest magnitudes; the gradient of the logits is e5m2
-under one that is known before there are logits (`gradient_scale`), so that one kernel reads logits and writes codes. The
-matmuls are those of the recipe fp8 (formats as in Micikevicius et al. 2022, arXiv 2209.05433): in fp8 where the device has it,
-elsewhere of the exact values of the codes.
+under one that is known before there are logits (`gradient_scale`), so that one kernel reads logits and writes codes. What
+is largest in it, the -1 of a target that is not expected yet, is left out of the codes and taken exactly: a row of the weight,
+and one of the hidden states. The matmuls are those of the recipe fp8 (formats as in Micikevicius et al. 2022, arXiv
+2209.05433): in fp8 where the device has it, elsewhere of the exact values of the codes.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def fp8_gradients(
         losses_N, grad_hidden_ND, grad_weight_VD = fp8_gradients(*given, logits=logits, kernel=kernel)
         return losses_N[:-missing], grad_hidden_ND[:-missing], grad_weight_VD
     output, grad_input, grad_weight = _matmuls()
-    N, V, dtype, wide = labels_N.shape[0], weight_VD.shape[0], hidden_ND.dtype, wide_dtype(hidden_ND.dtype)
+    N, V, wide = labels_N.shape[0], weight_VD.shape[0], wide_dtype(hidden_ND.dtype)
     hidden, weight = _both(hidden_ND, output.left), _both(padded(weight_VD), output.right)
     columns, scale = len(weight.matrix.codes), gradient_scale(factor, grad_input.left.format)
     losses_N, grad_hidden_ND = hidden_ND.new_empty(N, dtype=wide), torch.empty_like(hidden_ND)
@@ -55,13 +56,16 @@ def fp8_gradients(
             replace(q, codes=q.codes[at]) for q, at in ((hidden.matrix, piece), (hidden.transpose, (..., piece)))
         )
         logits_PV = scaled_matmul(left, weight.matrix, output.accumulator, logits)[:, :V]
-        losses_N[piece], gradient = _softmax(logits_PV, labels_N[piece], factor, scale, columns, kernel)
+        losses_N[piece], gradient, apart_P1 = _softmax(logits_PV, labels_N[piece], factor, scale, columns, kernel)
         del logits_PV
-        grad_hidden_ND[piece] = scaled_matmul(gradient, weight.transpose, grad_input.accumulator, dtype)
+        target_P = labels_N[piece].clamp(min=0)
+        product_PD = scaled_matmul(gradient, weight.transpose, grad_input.accumulator, wide)
+        grad_hidden_ND[piece] = product_PD.sub_(apart_P1 * weight_VD[target_P])
         gradient = replace(gradient, codes=turned(gradient.codes))
         product_WD = scaled_matmul(gradient, right, grad_weight.accumulator, wide)
+        product_WD.index_add_(0, target_P, -apart_P1 * hidden_ND[piece])
         grad_weight_WD = product_WD if grad_weight_WD is None else grad_weight_WD.add_(product_WD)
-        del gradient, product_WD
+        del gradient, product_PD, product_WD
     if grad_weight_WD is None:  # no token at all
         return losses_N, grad_hidden_ND, torch.zeros_like(weight_VD)
     return losses_N, grad_hidden_ND, grad_weight_WD[:V].to(weight_VD.dtype)
@@ -75,12 +79,17 @@ def _matmuls() -> tuple[Matmul, Matmul, Matmul]:
 
 def _softmax(
     logits_PV: Tensor, labels_P: Tensor, factor: Tensor, scale: Tensor, columns: int, kernel: bool
-) -> tuple[Tensor, Quantized]:
-    """Losses [P], and the gradient of the logits as the left operand of grad_input: [P, columns], zero beside the logits."""
+) -> tuple[Tensor, Quantized, Tensor]:
+    """Losses [P], the gradient of the logits as the left operand of grad_input, [P, columns] with zero beside the logits, and
+    what is taken apart of it at the target, [P, 1]."""
     operand, make = _matmuls()[1].left, softmax_codes if kernel else definition
-    losses_P, codes_PV = make(logits_PV, labels_P, factor, scale, operand.format)
+    losses_P, codes_PV, apart_P = make(logits_PV, labels_P, factor, scale, operand.format)
     codes_PW = with_padding(codes_PV, columns)
-    return losses_P, Quantized(codes_PW, scale, operand.format, operand.granularity, operand.scaling)
+    return (
+        losses_P,
+        Quantized(codes_PW, scale, operand.format, operand.granularity, operand.scaling),
+        apart_P.unsqueeze(1),
+    )
 
 
 def _both(x: Tensor, operand: Operand) -> Both:

@@ -75,13 +75,15 @@ def softmax_gradient(
 
 def softmax_codes(
     logits_NV: Tensor, labels_N: Tensor, factor: Tensor, scale: Tensor, format: Format
-) -> tuple[Tensor, Tensor]:
-    """`softmax_codes` of numerics/loss.py by the same kernel: losses [N] fp32 and codes [N, V], rows a multiple of 64 apart
-    with zeros beside them. format: fp8; scale: fp32 [1, 1], a power of two."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`softmax_codes` of numerics/loss.py by the same kernel; rows of codes lie a multiple of 64 from one another, with zeros
+    beside them. format: fp8; scale: fp32 [1, 1], a power of two."""
     _refuse(logits_NV, logits_NV.dtype)
     N, V = logits_NV.shape
     codes_NV = aligned_rows(N, V, carrier(format), logits_NV.device)
-    return _launch(logits_NV, codes_NV, labels_N, factor.float(), 0, 0, scale, format), codes_NV
+    apart_N = torch.empty(N, dtype=torch.float32, device=logits_NV.device)
+    losses_N = _launch(logits_NV, codes_NV, labels_N, factor.float(), 0, 0, scale, format, apart_N)
+    return losses_N, codes_NV, apart_N
 
 
 def softmax_losses(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
@@ -99,6 +101,7 @@ def _launch(
     warps: int,
     scale: Tensor | None = None,
     format: Format | None = None,
+    apart: Tensor | None = None,
 ) -> Tensor:
     from fewbits.kernels.loss_triton import softmax_gradient_kernel
 
@@ -109,7 +112,7 @@ def _launch(
     if N:
         softmax_gradient_kernel[(N,)](
             logits, written, losses, labels.contiguous(), losses if factor is None else factor,
-            losses if scale is None else scale, logits.stride(0), written.stride(0),
+            losses if scale is None else scale, losses if apart is None else apart, logits.stride(0), written.stride(0),
             V=V, IGNORE=IGNORE, GRADIENT=gradient is not None, BLOCK=block or BLOCK, CODES=format is not None,
             mantissa=mantissa, lowest=lowest, limit=limit, NATIVE=logits.is_cuda, num_warps=warps,
         )  # fmt: skip

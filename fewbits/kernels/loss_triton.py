@@ -21,12 +21,13 @@ from fewbits.kernels.quantize_triton import _fp8, _inverse_power
 
 @jit
 def softmax_gradient_kernel(
-    logits, gradient, losses, labels, factor, scale, stride, gradient_stride,
+    logits, gradient, losses, labels, factor, scale, apart, stride, gradient_stride,
     V: tl.constexpr, IGNORE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, CODES: tl.constexpr,
     mantissa: tl.constexpr, lowest: tl.constexpr, limit: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """losses [N] fp32 and, for GRADIENT, gradient [N, V] of factor * sum(losses), which may be the memory of the logits; for
-    CODES its fp8 codes under `scale`, a power of two, in memory of their own.
+    CODES its fp8 codes under `scale`, a power of two, in memory of their own: with the probability of the target itself where
+    that is below 1/2, and apart [N] the factor there and 0 elsewhere.
 
     logits [N, V] with columns side by side, rows `stride` apart; labels int64, factor one fp32 number. A row whose label is
     IGNORE is not read: its loss and its gradient are 0. A label outside of 0 .. V - 1 makes the loss NaN. V is compiled in:
@@ -40,6 +41,8 @@ def softmax_gradient_kernel(
     columns = tl.arange(0, BLOCK)
     if label == IGNORE:
         tl.store(losses + row, 0.0)
+        if CODES:
+            tl.store(apart + row, 0.0)
         if GRADIENT:
             zero = _rounded(tl.zeros((BLOCK,), tl.float32), gradient, CODES, mantissa, lowest, limit, NATIVE)
             for start in range(0, whole, BLOCK):
@@ -61,18 +64,23 @@ def softmax_gradient_kernel(
         tl.store(losses + row, (largest - target) + tl.log(total_of_row))
         if GRADIENT:
             weight = tl.load(factor)
-            if CODES:  # the power of two once, not for every element: exact, but for what vanishes in any fp8 format
+            of_target = weight
+            if CODES:
+                aside = tl.exp(target - largest) / total_of_row < 0.5
+                tl.store(apart + row, tl.where(aside, weight, 0.0))
+                # the power of two once, not for every element: exact, but for what vanishes in any fp8 format
                 weight = weight * _inverse_power(tl.load(scale))
+                of_target = tl.where(aside, 0.0, weight)
             share = weight / total_of_row
             for start in range(0, whole, BLOCK):
                 x = tl.load(logits + start + columns).to(tl.float32)
-                out = _gradient_of(x - largest, share, start + columns == label, weight)
+                out = _gradient_of(x - largest, share, start + columns == label, of_target)
                 out = _rounded(out, gradient, CODES, mantissa, lowest, limit, NATIVE)
                 tl.store(gradient + start + columns, out)
             if whole < V:
                 inside = whole + columns < V
                 x = tl.load(logits + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
-                out = _gradient_of(x - largest, share, whole + columns == label, weight)
+                out = _gradient_of(x - largest, share, whole + columns == label, of_target)
                 out = _rounded(out, gradient, CODES, mantissa, lowest, limit, NATIVE)
                 tl.store(gradient + whole + columns, out, mask=inside)
 
@@ -97,6 +105,6 @@ def _add_exponentials(most, total, x):
 
 
 @jit
-def _gradient_of(x, share, is_target, weight):
-    """(softmax - one hot) * weight, with x below the largest logit and share = weight / sum of exponentials."""
-    return tl.exp(x) * share - tl.where(is_target, weight, 0.0)
+def _gradient_of(x, share, is_target, of_target):
+    """softmax * weight less what the target has, with x below the largest logit and share = weight / sum of exponentials."""
+    return tl.exp(x) * share - tl.where(is_target, of_target, 0.0)

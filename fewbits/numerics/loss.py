@@ -121,10 +121,21 @@ def gradient_scale(factor: Tensor, format: Format) -> Tensor:
 
 def softmax_codes(
     logits_NV: Tensor, labels_N: Tensor, factor: Tensor, scale: Tensor, format: Format
-) -> tuple[Tensor, Tensor]:
-    """`softmax_gradient` with the gradient as codes under a `gradient_scale`, rounded once from fp32: losses, codes [N, V]."""
-    losses_N, gradient_NV = softmax_gradient(logits_NV, labels_N, factor, torch.float32)
-    return losses_N, encode(gradient_NV, scale, format, Granularity(), scales="power-of-two")
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`softmax_gradient` with the gradient as codes under a `gradient_scale`, rounded once from fp32, and what is left out of
+    them: (losses [N], codes [N, V], apart [N]).
+
+    Where the probability p of the target is below 1/2, the codes hold p there, not p - 1, whose rounding would be the largest
+    error of the row: its -1, times the factor, is to be taken apart, exactly. apart is the factor in those rows, else 0.
+    """
+    logits_NV = widen(logits_NV)
+    real_N, p_NV = labels_N != IGNORE, torch.softmax(logits_NV, 1)
+    index_N1 = torch.where(real_N, labels_N, 0).unsqueeze(1)
+    apart_N = real_N & (p_NV.gather(1, index_N1).squeeze(1) < 0.5)
+    gradient_NV = p_NV.scatter_add(1, index_N1, apart_N.to(p_NV.dtype).unsqueeze(1) - 1)
+    gradient_NV = gradient_NV * torch.where(real_N, factor, 0.0).unsqueeze(1)
+    codes_NV = encode(gradient_NV, scale, format, Granularity(), scales="power-of-two")
+    return softmax_losses(logits_NV, labels_N), codes_NV, torch.where(apart_N, factor, 0.0)
 
 
 class _Product:

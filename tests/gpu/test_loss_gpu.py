@@ -71,8 +71,9 @@ def test_codes_of_the_gradient_are_those_of_the_definition(V):
     logits, labels = case(FP16, V=V)
     fmt, factor = Format.parse("fp8_e5m2"), torch.tensor(0.37, device="cuda")
     scale = definition.gradient_scale(factor, fmt)
-    losses, codes = definition.softmax_codes(logits.clone(), labels, factor, scale, fmt)
-    ours, mine = kernel.softmax_codes(logits, labels, factor, scale, fmt)
+    losses, codes, apart = definition.softmax_codes(logits.clone(), labels, factor, scale, fmt)
+    ours, mine, ours_apart = kernel.softmax_codes(logits, labels, factor, scale, fmt)
+    assert torch.equal(ours_apart, apart)  # no probability of a target lies within 2^-19 of 1/2
     torch.testing.assert_close(ours, losses, rtol=2.0**-20, atol=2.0**-19)
     # fp32 values that are 2^-19 apart have other codes when a boundary lies between them: one in 2^16, a step of 2^-2
     assert float((mine.float() != codes.float()).float().mean()) < 2.0**-14
@@ -88,12 +89,13 @@ def test_an_fp8_head_multiplies_the_codes_of_its_operands_in_fp8(N, V):
     x, w = (quantize(matrix, "fp8_e4m3").dequantize() for matrix in (hidden, weight))
     fmt = Format.parse("fp8_e5m2")
     scale = definition.gradient_scale(factor, fmt)
-    losses, codes = definition.softmax_codes((x @ w.t()).half(), labels, factor, scale, fmt)
+    losses, codes, apart = definition.softmax_codes((x @ w.t()).half(), labels, factor, scale, fmt)
     g = codes.float() * scale
     # logits to 8: half an ulp of fp16 is 2^-9, and Hopper's fast accumulation keeps 14 bits of a sum, 2^-11 of 8
     torch.testing.assert_close(found[0], losses, rtol=0, atol=2.0**-7)
     # a logit that is off by 2^-8 moves one code in 2^6 to its neighbour; in sums of hundreds that is 2^-8 of their norm
-    for mine, exact in ((found[1], g @ w), (found[2], g.t() @ x)):
+    from_hidden = (g.t() @ x).index_add_(0, labels, -apart.unsqueeze(1) * hidden.float())
+    for mine, exact in ((found[1], g @ w - apart.unsqueeze(1) * weight[labels].float()), (found[2], from_hidden)):
         assert float((mine.float() - exact).norm() / exact.norm()) < 2.0**-6
 
 

@@ -153,25 +153,29 @@ def test_codes_of_a_gradient_are_those_of_the_definition(name):
     scale = definition.gradient_scale(factor, fmt)
     for logits_dtype, V in ((torch.float16, 300), (torch.float32, 129), (torch.float16, 256)):
         logits, labels = case(logits_dtype, V=V, pad=20)
-        losses, codes = definition.softmax_codes(logits.clone(), labels, factor, scale, fmt)
-        ours, mine = kernel.softmax_codes(logits, labels, factor, scale, fmt)
+        labels[3] = logits[3].argmax()  # one that is expected
+        logits[3, labels[3]] += 9.0
+        losses, codes, apart = definition.softmax_codes(logits.clone(), labels, factor, scale, fmt)
+        ours, mine, ours_apart = kernel.softmax_codes(logits, labels, factor, scale, fmt)
+        assert torch.equal(ours_apart, apart) and apart[3] == 0 and apart[1] == factor and not apart[labels < 0].any()
         torch.testing.assert_close(ours, losses, rtol=2.0**-20, atol=2.0**-18)
         assert mine.dtype == fmt.dtype and mine.stride(0) % 64 == 0
         wide = mine.as_strided((9, mine.stride(0)), (mine.stride(0), 1))
         assert not wide[:, V:].float().any()
         # fp32 values that are 2^-19 apart round to different codes once in 2^19 / 2^mantissa times: never, in 3,000
         assert torch.equal(mine.float(), codes.float())  # of two zeros either
-        assert float(codes.float().abs().max()) > fmt.max / 4  # the scale leaves little of the range idle
 
 
 def test_codes_of_equal_logits_are_exact():
     fmt, factor = Format.parse("fp8_e5m2"), torch.tensor(2.0**16)
     scale = definition.gradient_scale(factor, fmt)
-    _, codes = kernel.softmax_codes(torch.zeros(2, 256), torch.tensor([3, -100]), factor, scale, fmt)
-    exact = torch.full((2, 256), 2.0**8)
-    exact[0, 3] = -(2.0**16)  # 2^16 - 2^8 is nearer to it than to 7/8 of it
-    exact[1] = 0.0
-    assert torch.equal(codes.float() * scale, exact)
+    logits = torch.zeros(3, 256)
+    logits[2, :2] = 60.0  # the only two that there are
+    _, codes, apart = kernel.softmax_codes(logits, torch.tensor([3, -100, 1]), factor, scale, fmt)
+    exact = torch.full((3, 256), 2.0**8)  # with the target's: its -1 is taken apart
+    exact[1:] = 0.0
+    exact[2, 0], exact[2, 1] = 2.0**15, -(2.0**15)  # 1/2 is expected
+    assert torch.equal(codes.float() * scale, exact) and apart.tolist() == [2.0**16, 0.0, 0.0]
 
 
 def test_losses_alone_are_the_same():
