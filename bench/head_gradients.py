@@ -35,6 +35,11 @@ def rounded(x: Tensor, format: str | None) -> Tensor:
     return x if format is None else quantize(x, format).dequantize()
 
 
+def as_gradient(p: Tensor, format: str | None) -> Tensor:
+    """What probabilities are worth under the scale of a gradient, which may be 1."""
+    return rounded(torch.cat((p, torch.ones_like(p[:1]))), format)[:-1]
+
+
 def gradients(
     hidden: Tensor, weight: Tensor, labels: Tensor, operands: str | None, gradient: str | None, apart: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -48,7 +53,7 @@ def gradients(
     rows = torch.arange(len(labels))
     aside = (p[rows, labels] < 0.5).float().unsqueeze(1)
     p[rows, labels] += aside.squeeze(1) - 1
-    g = rounded(torch.cat((p, torch.ones_like(p[:1]))), gradient)[:-1]  # under the scale of what may be 1
+    g = as_gradient(p, gradient)
     return g @ w - aside * weight[labels], (g.t() @ x).index_add_(0, labels, -aside * hidden)
 
 
@@ -90,11 +95,7 @@ def main() -> None:
                 f"{case:40s}", "  ".join(f"{k} {v['error']:.2%} (gain {v['gain']:.4f})" for k, v in rows[case].items())
             )
         p = torch.softmax(hidden @ weight.t(), 1)
-        # under the scale of a gradient, which holds 1
-        flushed = {
-            f: round(float(p[rounded(torch.cat((p, torch.ones_like(p[:1]))), f)[:-1] == 0].sum() / p.sum()), 7)
-            for f in FORMATS
-        }
+        flushed = {f: round(float(p[as_gradient(p, f) == 0].sum() / p.sum()), 7) for f in FORMATS}
     print("probability that becomes 0:", {name: f"{share:.3%}" for name, share in flushed.items()})
     shape = {"tokens": len(labels), "vocabulary": len(weight), "width": weight.shape[1]}
     save(f"head_gradients_{options.name}", {**header(), **shape, "rows": rows, "flushed": flushed})

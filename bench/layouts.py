@@ -55,7 +55,7 @@ def under(name: str, tile: tuple[int, int, int], call: Any) -> None:
     if name in activation.NAMES:
         activation.TILES[name] = tile
     else:
-        layouts.TILES[name] = tile
+        layouts.BOTH_TILE = tile
     call()
 
 
@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--only", default=",".join((*layouts.TILES, *activation.NAMES)))
+    parser.add_argument("--only", default="codes,maximum," + ",".join(activation.NAMES))
     options = parser.parse_args()
     rows: dict[str, Any] = {}
     for name in options.only.split(","):

@@ -21,9 +21,9 @@ from fewbits.numerics.loss import IGNORE, gradient_scale, piece_rows
 from fewbits.numerics.loss import softmax_codes as definition
 from fewbits.numerics.quantize import Both, Quantized
 from fewbits.numerics.wide import wide_dtype
-from fewbits.precision.recipe import RECIPES, Matmul, Operand
+from fewbits.precision.recipe import RECIPES, Operand
 
-_ROWS = 16  # what an fp8 instruction wants a contraction to be a multiple of
+_ROWS = 16  # an fp8 instruction wants such multiples of a contraction, as the sum over tokens is; others run in fp32
 _CODES = 1  # byte of a gradient beside its logit: the codes of the other layout take the memory of the logits
 
 
@@ -36,14 +36,13 @@ def fp8_gradients(
     definition. The gradient of the weight is summed in fp32 over all tokens and rounded once. An operand that is not finite
     makes losses that are not.
     """
-    if (
-        missing := -len(labels_N) % _ROWS
-    ):  # the sum over tokens is a contraction: what fp8 instructions do not take runs in fp32
+    if missing := -len(labels_N) % _ROWS:
         pad = torch.nn.functional.pad
         given = pad(hidden_ND, (0, 0, 0, missing)), weight_VD, pad(labels_N, (0, missing), value=IGNORE), factor
         losses_N, grad_hidden_ND, grad_weight_VD = fp8_gradients(*given, logits=logits, kernel=kernel)
         return losses_N[:-missing], grad_hidden_ND[:-missing], grad_weight_VD
-    output, grad_input, grad_weight = _matmuls()
+    output, grad_input, grad_weight = RECIPES["fp8"].matmuls
+    assert output is not None and grad_input is not None and grad_weight is not None
     N, V, wide = labels_N.shape[0], weight_VD.shape[0], wide_dtype(hidden_ND.dtype)
     hidden, weight = _both(hidden_ND, output.left), _both(padded(weight_VD), output.right)
     columns, scale = len(weight.matrix.codes), gradient_scale(factor, grad_input.left.format)
@@ -56,7 +55,9 @@ def fp8_gradients(
             replace(q, codes=q.codes[at]) for q, at in ((hidden.matrix, piece), (hidden.transpose, (..., piece)))
         )
         logits_PV = scaled_matmul(left, weight.matrix, output.accumulator, logits)[:, :V]
-        losses_N[piece], gradient, apart_P1 = _softmax(logits_PV, labels_N[piece], factor, scale, columns, kernel)
+        losses_N[piece], gradient, apart_P1 = _softmax(
+            logits_PV, labels_N[piece], factor, scale, grad_input.left, columns, kernel
+        )
         del logits_PV
         target_P = labels_N[piece].clamp(min=0)
         product_PD = scaled_matmul(gradient, weight.transpose, grad_input.accumulator, wide)
@@ -71,25 +72,16 @@ def fp8_gradients(
     return losses_N, grad_hidden_ND, grad_weight_WD[:V].to(weight_VD.dtype)
 
 
-def _matmuls() -> tuple[Matmul, Matmul, Matmul]:
-    output, grad_input, grad_weight = RECIPES["fp8"].matmuls
-    assert output is not None and grad_input is not None and grad_weight is not None
-    return output, grad_input, grad_weight
-
-
 def _softmax(
-    logits_PV: Tensor, labels_P: Tensor, factor: Tensor, scale: Tensor, columns: int, kernel: bool
+    logits_PV: Tensor, labels_P: Tensor, factor: Tensor, scale: Tensor, operand: Operand, columns: int, kernel: bool
 ) -> tuple[Tensor, Quantized, Tensor]:
     """Losses [P], the gradient of the logits as the left operand of grad_input, [P, columns] with zero beside the logits, and
     what is taken apart of it at the target, [P, 1]."""
-    operand, make = _matmuls()[1].left, softmax_codes if kernel else definition
+    make = softmax_codes if kernel else definition
     losses_P, codes_PV, apart_P = make(logits_PV, labels_P, factor, scale, operand.format)
     codes_PW = with_padding(codes_PV, columns)
-    return (
-        losses_P,
-        Quantized(codes_PW, scale, operand.format, operand.granularity, operand.scaling),
-        apart_P.unsqueeze(1),
-    )
+    gradient = Quantized(codes_PW, scale, operand.format, operand.granularity, operand.scaling)
+    return losses_P, gradient, apart_P.unsqueeze(1)
 
 
 def _both(x: Tensor, operand: Operand) -> Both:

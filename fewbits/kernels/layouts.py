@@ -27,9 +27,9 @@ TILE = (
     128,
     128,
 )  # elements of bf16 in 64 registers of each of 256 threads; both layouts are written 128 bytes at a time
-TILES = {"codes": (128, 64, 4), "maximum": (128, 64, 4)}
-"""Rows, columns and warps of a program of `encode_both`, without and with the largest magnitude: the fastest of
-bench/layouts.py on an H200."""
+BOTH_TILE = (128, 64, 4)
+"""Rows, columns and warps of a program of `encode_both`: the fastest of bench/layouts.py on an H200, with and without the
+largest magnitude."""
 _MOST = 3  # matrices side by side that a kernel reads
 _ALIGNED = 256  # bytes between the codes of two weights: a compiled graph copies inputs whose address is odd to it
 SCALE_STRIDE = 4  # numbers from one scale to the next, for the same reason: 16 bytes
@@ -52,17 +52,11 @@ def encode_both(
     parts: up to three matrices side by side, bf16, fp16 or fp32 [R, C_i], read where they lie unless no tile fits between
     them; scale: fp32 [1, 1]. Sums and the largest magnitude are None unless asked for.
     """
-    if _tile([part.shape[1] for part in parts], maximum) is None:
+    if len(parts) > _MOST or any(part.shape[1] % BOTH_TILE[1] for part in parts[:-1]):  # a tile lies within one of them
         parts = [torch.cat(tuple(parts), 1)]
     made = _operators()[0]([part.contiguous() for part in parts], scale, format.name, sums, maximum)
     codes, codes_t, found, amax = made
     return codes, codes_t, found.sum(0) if sums else None, amax.view(torch.float32).view(1, 1) if maximum else None
-
-
-def _tile(widths: Sequence[int], maximum: bool) -> tuple[int, int, int] | None:
-    """The tile for parts of these widths; None where a tile would not be within one part, or there are too many."""
-    tile = TILES["maximum" if maximum else "codes"]
-    return None if len(widths) > _MOST or any(C % tile[1] for C in widths[:-1]) else tile
 
 
 def turn(codes: Tensor) -> Tensor:
@@ -107,9 +101,7 @@ def _encode_both(
     fmt, (first, *others) = Format.parse(format), parts
     ends = list(accumulate(part.shape[1] for part in parts))
     R, C = first.shape[0], ends[-1]
-    tile = _tile([part.shape[1] for part in parts], maximum)
-    assert tile is not None
-    BM, BN, warps = tile
+    BM, BN, warps = BOTH_TILE
     codes = torch.empty(R, C, dtype=carrier(fmt), device=first.device)
     codes_t = torch.empty(C, R, dtype=carrier(fmt), device=first.device)
     down, across = -(-R // BM), -(-C // BN)

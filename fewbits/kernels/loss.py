@@ -14,6 +14,7 @@ infinite, and so are logits: the loss is then not finite and the step withheld. 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def softmax_codes(
     N, V = logits_NV.shape
     codes_NV = aligned_rows(N, V, carrier(format), logits_NV.device)
     apart_N = torch.empty(N, dtype=torch.float32, device=logits_NV.device)
-    losses_N = _launch(logits_NV, codes_NV, labels_N, factor.float(), 0, 0, scale, format, apart_N)
+    losses_N = _launch(logits_NV, codes_NV, labels_N, factor.float(), 0, 0, _Coding(format, scale, apart_N))
     return losses_N, codes_NV, apart_N
 
 
@@ -92,6 +93,14 @@ def softmax_losses(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     return _launch(logits_NV, None, labels_N, None, 0, 0)
 
 
+class _Coding(NamedTuple):
+    """What turns a gradient to codes: their format and scale, and where what they leave out is written."""
+
+    format: Format
+    scale: Tensor
+    apart: Tensor
+
+
 def _launch(
     logits: Tensor,
     gradient: Tensor | None,
@@ -99,21 +108,19 @@ def _launch(
     factor: Tensor | None,
     block: int,
     warps: int,
-    scale: Tensor | None = None,
-    format: Format | None = None,
-    apart: Tensor | None = None,
+    coding: _Coding | None = None,
 ) -> Tensor:
     from fewbits.kernels.loss_triton import softmax_gradient_kernel
 
     (N, V), written = logits.shape, logits if gradient is None else gradient
-    warps = warps or (8 if V < _LONG else 16 if format is None else 32)
+    warps = warps or (8 if V < _LONG else 16 if coding is None else 32)
     losses = torch.empty(N, dtype=torch.float32, device=logits.device)
-    mantissa, lowest, limit = (0, 0, 0) if format is None else _constants(format)
+    mantissa, lowest, limit = (0, 0, 0) if coding is None else _constants(coding.format)
     if N:
         softmax_gradient_kernel[(N,)](
             logits, written, losses, labels.contiguous(), losses if factor is None else factor,
-            losses if scale is None else scale, losses if apart is None else apart, logits.stride(0), written.stride(0),
-            V=V, IGNORE=IGNORE, GRADIENT=gradient is not None, BLOCK=block or BLOCK, CODES=format is not None,
+            *((losses, losses) if coding is None else coding[1:]), logits.stride(0), written.stride(0),
+            V=V, IGNORE=IGNORE, GRADIENT=gradient is not None, BLOCK=block or BLOCK, CODES=coding is not None,
             mantissa=mantissa, lowest=lowest, limit=limit, NATIVE=logits.is_cuda, num_warps=warps,
         )  # fmt: skip
     return losses

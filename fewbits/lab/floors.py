@@ -18,7 +18,7 @@ from fewbits.lab.ceilings import Ceilings
 from fewbits.nn.transformer import ModelConfig
 from fewbits.precision.hardware import Hardware, native_matmul
 from fewbits.precision.precision import Precision
-from fewbits.precision.recipe import MATMULS, RECIPES, Recipe
+from fewbits.precision.recipe import MATMULS
 from fewbits.train.attribution import (
     ATTENTION_PART,
     COPIES,
@@ -58,7 +58,7 @@ def floors(
     native = matmul_execution(precision.operand, device).value == "native"
     operand = precision.operand if native else Format.parse("fp32")
     width = precision.working.bits // 8
-    narrow = 1 if precision.head == "fp8" else width  # a gradient that is made as codes is never written otherwise
+    narrow = 1 if precision.head_recipe else width  # a gradient that is made as codes is never written otherwise
     return {
         MATMUL: _matmuls(model, tokens, precision, hardware, operand, ceilings),
         ATTENTION_PART: _attention(model, tokens, operand, ceilings),
@@ -90,9 +90,9 @@ def _matmuls(
 ) -> Floor:
     """Three matmuls for every linear layer, each in the format it runs in; the head in the working one, or fp8."""
     weights = model.n_layer * sum(k * o for k, o in block_weights(model))
-    head = RECIPES["fp8"] if precision.head == "fp8" else Recipe()
+    head = model.vocab_size * model.n_embd
     flops: dict[str, float] = {}
-    for recipe, multiplied in ((head, model.vocab_size * model.n_embd), (precision.recipe, weights)):
+    for recipe, multiplied in ((precision.head_recipe, head), (precision.recipe, weights)):
         for name in MATMULS:
             matmul = getattr(recipe, name)
             few = matmul is not None and native_matmul(matmul, hardware).value
@@ -135,6 +135,6 @@ def quantized_bytes(model: ModelConfig, tokens: int, precision: Precision, width
     sides = sum(k + o for k, o in block_weights(model))
     weights = sum(k * o for k, o in block_weights(model))
     elements = model.n_layer * (tokens * sides + weights) if precision.recipe else 0
-    if precision.head == "fp8":
+    if precision.head_recipe:
         elements += (tokens + model.vocab_size) * model.n_embd
     return (width + 1) * elements

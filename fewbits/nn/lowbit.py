@@ -250,17 +250,17 @@ def apart(parts: Sequence[Tensor], recipe: Recipe, needed: tuple[bool, bool]) ->
 
 def limits(recipe: Recipe) -> tuple[float, float, float]:
     """The largest number of the format of each role, 0 where two matmuls take its operand in different formats."""
-    pairs = (
-        (recipe.output, recipe.grad_weight),
-        (recipe.output, recipe.grad_input),
-        (recipe.grad_input, recipe.grad_weight),
+    output, grad_input, grad_weight = ((m.left, m.right) if m else (None, None) for m in recipe.matmuls)
+    return (
+        _limit(output[0], grad_weight[1]),  # of the activation, the weight and the gradient
+        _limit(output[1], grad_input[1]),
+        _limit(grad_input[0], grad_weight[0]),
     )
-    found = []
-    for sides, matmuls in zip(((0, 1), (1, 1), (0, 0)), pairs, strict=True):
-        operands = ((m.left, m.right)[side] for side, m in zip(sides, matmuls, strict=True) if m is not None)
-        largest = {operand.format.max for operand in operands}
-        found.append(largest.pop() if len(largest) == 1 else 0.0)
-    return found[0], found[1], found[2]
+
+
+def _limit(*operands: Operand | None) -> float:
+    largest = {operand.format.max for operand in operands if operand is not None}
+    return largest.pop() if len(largest) == 1 else 0.0
 
 
 def column_sums(x: Tensor) -> Tensor:
@@ -307,8 +307,7 @@ class Draw(NamedTuple):
         if role == GRADIENT and self.known and operand.scaling == "delayed" and amax is None and noting(parts, operand):
             scale = self.early(operand, role)
             both, amax = encode_noting(parts, scale, operand.format, operand.granularity, operand.scaling, sums)
-            self.note(amax, role)
-            return both.under(honest(scale, amax))
+            return self.noted(both, scale, amax, role)
         amax = largest(parts, operand.granularity) if amax is None else amax
         early, scale = self._scales(parts[0].shape, amax, operand, site, role)
         return encode_both(parts, early, *how, sums, self.known).under(scale)
@@ -349,6 +348,11 @@ class Draw(NamedTuple):
         if self.maxima is not None:
             self.maxima[role] = torch.maximum(self.maxima[role], amax.view(()))
 
+    def noted(self, both: Both, scale: Tensor, amax: Tensor, role: int) -> Both:
+        """Codes under a known scale, with their maximum noted, under a scale that is honest about it."""
+        self.note(amax, role)
+        return both.under(honest(scale, amax))
+
     def copy_note(self, other: Draw, role: int) -> None:
         """Notes what another layer has noted of an operand that is the same."""
         if other.maxima is not None:
@@ -362,11 +366,7 @@ def coded(
     written without their values, and maxima that are noted."""
     scales = [draw.early(operand, role) for draw in draws]
     made = activate_both(name, scales, operand.format, operand.granularity, operand.scaling, sums, *inputs)
-    found = []
-    for draw, scale, (both, amax) in zip(draws, scales, made, strict=True):
-        draw.note(amax, role)
-        found.append(both.under(honest(scale, amax)))
-    return found
+    return [draw.noted(both, scale, amax, role) for draw, scale, (both, amax) in zip(draws, scales, made, strict=True)]
 
 
 def noting(parts: Sequence[Tensor], operand: Operand) -> bool:

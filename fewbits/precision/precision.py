@@ -142,6 +142,11 @@ class Precision:
         return dataclasses.replace(self, **changes) if changes else self
 
     @property
+    def head_recipe(self) -> Recipe:
+        """How the loss head multiplies; empty where it does so in the working format."""
+        return HEADS[self.head]
+
+    @property
     def is_true(self) -> bool:
         """Whether this is a 16-bit precision that keeps no exact weights by its name."""
         return self.name.endswith("-true")
@@ -220,7 +225,7 @@ ADDED = {  # by an earlier schema -> the fields that came since, as they were th
 }
 OVERRIDES = ("master", "moments", "update_rounding", "loss_scale", "logits", "head", "layers")
 LOGITS = ("auto", "fp32", "fp16", "bf16")
-HEADS = ("working", "fp8")
+HEADS = {"working": Recipe(), "fp8": RECIPES["fp8"]}
 LAYERS = ("all", "auto")
 RECIPE_KEYS = (*MATMULS, "accumulate")
 

@@ -6,14 +6,14 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from fewbits.precision.hardware import Hardware, describe, native, native_matmul
-from fewbits.precision.recipe import MATMULS, RECIPES, Matmul
+from fewbits.precision.recipe import MATMULS, Matmul
 
 if TYPE_CHECKING:
     from fewbits.precision.precision import Precision
 
 Row = tuple[str, str, str]
-KEPT = "embedding, head, router, norms, linear layers whose sides are not divisible by 16 or that are too small to gain"
-KEPT_FAKE = "embedding, head, router, norms, linear layers whose inputs the group does not divide"
+KEPT = "router, norms, linear layers whose sides are not divisible by 16 or that are too small to gain"
+KEPT_FAKE = "router, norms, linear layers whose inputs the group does not divide"
 HEAD = "e4m3 x e4m3, gradient of the logits e5m2, tensor scales (power-of-two), weight gradient summed in fp32"
 AUTO = "each shape in the recipe, a part of it, or 16 bits: what a timing here shows to be at least 2 % faster than 16 bits"
 
@@ -37,7 +37,7 @@ def table(precision: Precision, report: object | None = None, device: object | N
     lines += [("gradients", str(precision.gradient), "parameters' .grad; several micro-batches accumulate in "
                + str(precision.reduction))]  # fmt: skip
     lines += [("logits", precision.logits, _logits_reason(precision))]
-    lines += [("head", "fp8", f"{HEAD}, {precision.working} in evaluation")] if precision.head == "fp8" else []
+    lines += [("head", "fp8", f"{HEAD}, {precision.working} in evaluation")] if precision.head_recipe else []
     lines += [_kept(precision, report)]
     lines += [("layers", "auto", AUTO)] if precision.layers == "auto" else []
     sums = "softmax, norm statistics, loss, weight-gradient sums, accumulation"
@@ -106,9 +106,8 @@ def _kept(precision: Precision, report: Any) -> Row:
         return _outside(precision, report)
     kept = list(getattr(report, "kept", ()))
     if precision.recipe and report is None:
-        kept_out = KEPT_FAKE if precision.recipe.fake else KEPT
-        if precision.head != "working":
-            kept_out = kept_out.replace(" head,", "")
+        kept_out = "embedding, " if precision.head_recipe else "embedding, head, "
+        kept_out += KEPT_FAKE if precision.recipe.fake else KEPT
         return (
             "kept",
             "",
@@ -162,7 +161,7 @@ def _loss_scale_reason(precision: Precision) -> str:
 
 
 def _runs(precision: Precision, hardware: Hardware) -> Row:
-    if precision.recipe or precision.head == "fp8":
+    if precision.recipe or precision.head_recipe:
         return ("runs", "", f"on {hardware}: {_runs_lowbit(precision, hardware)}")
     answer = native(precision.operand, hardware)
     how = "native" if answer.value else "emulated" if hardware.kind == "cpu" else "refused"
@@ -173,12 +172,10 @@ def _runs(precision: Precision, hardware: Hardware) -> Row:
 def _runs_lowbit(precision: Precision, hardware: Hardware) -> str:
     """How each matmul of a recipe runs, those that run alike named together."""
     alike: dict[str, list[str]] = {}
-    for name, matmul in zip(MATMULS, precision.recipe.matmuls, strict=True):
+    matmuls = dict(zip(MATMULS, precision.recipe.matmuls, strict=True))
+    if precision.head_recipe:
+        matmuls["head"] = precision.head_recipe.output
+    for name, matmul in matmuls.items():
         value, reason = native(precision.operand, hardware) if matmul is None else native_matmul(matmul, hardware)
         alike.setdefault(f"{'native' if value else 'emulated'} (why: {reason})", []).append(name)
-    if precision.head == "fp8":
-        output = RECIPES["fp8"].output
-        assert output is not None
-        value, reason = native_matmul(output, hardware)
-        alike.setdefault(f"{'native' if value else 'emulated'} (why: {reason})", []).append("head")
     return "; ".join(f"{', '.join(names)} {how}" for how, names in alike.items())
