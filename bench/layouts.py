@@ -1,11 +1,12 @@
-"""Codes in both layouts, by the tile of a program: `activate_both` of every activation and `encode_both`, in TB/s: its codes
-and sums, of one matrix and of three side by side, and with the largest magnitude ("maximum").
+"""Codes in both layouts, by the tile of a program: `activate_backward` of every activation and `encode_both`, in TB/s: its
+codes and sums, of one matrix and of three side by side, and with the largest magnitude ("maximum"); and codes row by row of
+every activation, which have no tiles.
 
     OUT=/tmp python bench/layouts.py [--only gelu,maximum] [--compile]       # a GPU; 60 s
     python bench/layouts.py --smoke                                          # tiny matrices, the interpreter, writes nothing
 
-A tile is rows x columns x warps. Bytes are those that must be moved: every input once in bf16, and two codes for every
-element. --compile only compiles, so that processes can share the work before.
+A tile is rows x columns x warps. Bytes are those that must be moved: every input once in bf16, and every code. --compile
+only compiles, so that processes can share the work before.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from fewbits.kernels import activation, layouts  # noqa: E402
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 SHAPES = {"gelu": (32768, 3072), "swiglu": (16384, 5632), "codes": (32768, 2304), "maximum": (32768, 2304)}
 TILES = (
-    (128, 128, 8), (64, 128, 8), (64, 128, 4), (128, 64, 4), (64, 64, 4), (64, 64, 2), (32, 128, 4), (32, 64, 2),
+    (64, 64, 4), (32, 128, 4), (64, 128, 4), (128, 64, 4), (64, 64, 2), (64, 64, 8), (32, 64, 4), (32, 64, 2), (128, 32, 4),
+    (128, 64, 8), (64, 128, 8), (32, 256, 8),
 )  # fmt: skip
 E5M2, E4M3 = Format.parse("fp8_e5m2"), Format.parse("fp8_e4m3")
 
@@ -52,7 +54,7 @@ def milliseconds(call: Any) -> float:
 
 def under(name: str, tile: tuple[int, int, int], call: Any) -> None:
     """Calls with a tile of that activation, or of `encode_both`."""
-    if name in activation.NAMES:
+    if name in activation.TILES:
         activation.TILES[name] = tile
     else:
         layouts.BOTH_TILE = tile
@@ -71,23 +73,28 @@ def main() -> None:
         shape = (128, 384) if options.smoke else SHAPES[name.removesuffix("_backward")]
         takes, makes = activation.NAMES.get(name, (1, 1))
         given = [torch.randn(shape, device=DEVICE).to(torch.bfloat16) for _ in range(takes)]
-        scales = [torch.ones(1, 1, device=DEVICE)] * makes
-        moved = shape[0] * shape[1] * (2 * takes + 2 * makes)
-        gradient = name.endswith("backward")
+        one = torch.ones(1, 1, device=DEVICE)
+        codes = 1 if name in ("gelu", "swiglu") else 2 * makes + (name in activation.TILES)
+        moved = shape[0] * shape[1] * (2 * takes + codes)
+        hidden, gradients = activation.Known(one, E4M3), [activation.Known(one, E5M2)] * makes
         calls: dict[str, Any] = {}
-        if name in activation.NAMES:
+        if name in activation.TILES:
             sums = name == "gelu_backward"  # models with gates have no biases
-            calls[""] = partial(activation.activate_both, name, scales, E5M2 if gradient else E4M3, sums, *given)
+            calls[""] = partial(activation.activate_backward, name, hidden, gradients, sums, *given)
+        elif name in activation.NAMES:
+            calls[""] = partial(activation.activate_codes, name, hidden, *given)
         else:
             thirds = [part.contiguous() for part in given[0].chunk(3, 1)]
             for label, parts in (("", given), ("three parts, ", thirds)):
-                calls[label] = partial(layouts.encode_both, parts, scales[0], E5M2, True, name == "maximum")
+                calls[label] = partial(layouts.encode_both, parts, one, E5M2, True, name == "maximum")
         tiles = TILES[:2] if options.smoke else TILES
         cases = {
             label + " x ".join(map(str, tile)): partial(under, name, tile, call)
             for label, call in calls.items()
             for tile in tiles
         }
+        if codes == 1:
+            cases = {"row by row": calls[""]}
         for case, call in cases.items():
             try:
                 if options.compile:

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fewbits.choice import Choice
 from fewbits.formats import Format
-from fewbits.kernels import activation as activation_twin
 from fewbits.kernels import cpp, fused_cpu, layouts
 from fewbits.kernels import quantize as cuda_twin
 from fewbits.kernels import quantize_cpu as cpu_twin
@@ -167,8 +166,8 @@ def layouts_execution(device: torch.device) -> Choice:
     key = ("both layouts of fp8 codes", device.type)
     if key not in _choices:
         why_not = _no_triton(device)
-        if not why_not and torch.cuda.get_device_capability(device) < (8, 9):
-            why_not = "this GPU converts nothing to fp8 by itself; sm_89 and newer do"
+        if not why_not and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 9)):
+            why_not = "this GPU has no instruction for fp8 codes that is used here; NVIDIA's of sm_89 and newer have"
         _choices[key] = _kernel(why_not, "one reading writes both layouts; a compiler transposes codes in a pass more")
     return _choices[key]
 
@@ -233,10 +232,10 @@ def _both(
 
 def largest(parts: Sequence[Tensor], granularity: Granularity) -> Tensor:
     """`block_amax` of a matrix, or of matrices side by side, more than one where the granularity is that of the tensor."""
+    if parts[0].is_cuda and not _by_definition(parts[0]):
+        return reduce(torch.maximum, (cuda_twin.block_amax(part, granularity) for part in parts))
     if len(parts) == 1:
         return block_amax(parts[0], granularity)
-    if parts[0].is_cuda and not _traced(parts[0]):
-        return reduce(torch.maximum, (cuda_twin.block_amax(part, granularity) for part in parts))
     # row by row over all of them, so that a compiler has one kernel for parts of one width, and one number to find at the end
     return reduce(torch.maximum, (part.abs().amax(1) for part in parts)).amax().float().view(1, 1)
 
@@ -263,28 +262,6 @@ def activation_execution(device: torch.device) -> Choice:
         reason = "one pass also finds the largest magnitude, at half the time of a compiler's reduction"
         _choices[key] = found if found.value == "definition" else Choice("kernel", reason)
     return _choices[key]
-
-
-def activate(name: str, *inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """`activate` of kernels/activation.py, for what `activation_execution` gives to it."""
-    return activation_twin.activate(name, *inputs)
-
-
-def activate_both(
-    name: str,
-    scales: Sequence[Tensor],
-    format: Format,
-    granularity: Granularity,
-    kind: str,
-    sums: bool,
-    *inputs: Tensor,
-) -> list[tuple[Both, Tensor]]:
-    """Each result of an activation as `encode_both` of it under a scale of that kind, and its largest magnitude."""
-    found = activation_twin.activate_both(name, scales, format, sums, *inputs)
-    return [
-        (Both.of(Quantized(one.codes, scale, format, granularity, kind), one.codes_t, one.sums), one.amax)
-        for one, scale in zip(found, scales, strict=True)
-    ]
 
 
 def _traced(x: Tensor) -> bool:

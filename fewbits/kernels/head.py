@@ -14,11 +14,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fewbits.kernels.dispatch import quantize_both, turned
-from fewbits.kernels.loss import padded, softmax_codes, with_padding
+from fewbits.kernels import loss as twin
+from fewbits.kernels.dispatch import largest, quantize_both, turned
+from fewbits.kernels.loss import padded, with_padding
 from fewbits.kernels.matmul import scaled_matmul
+from fewbits.numerics import loss as definition
 from fewbits.numerics.loss import IGNORE, gradient_scale, piece_rows
-from fewbits.numerics.loss import softmax_codes as definition
 from fewbits.numerics.quantize import Both, Quantized
 from fewbits.numerics.wide import wide_dtype
 from fewbits.precision.recipe import RECIPES, Operand
@@ -32,8 +33,8 @@ def fp8_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(losses [N] fp32, gradient of hidden, gradient of weight) of `factor * sum(losses)`, as `Gradients` says.
 
-    logits: what their fp32 sums are rounded to, once. kernel: whether `softmax_codes` of kernels/loss.py reads them, else its
-    definition. The gradient of the weight is summed in fp32 over all tokens and rounded once. An operand that is not finite
+    logits: what their fp32 sums are rounded to, once. kernel: whether kernels/loss.py makes what lies between the matmuls, else
+    its definition. The gradient of the weight is summed in fp32 over all tokens and rounded once. An operand that is not finite
     makes losses that are not.
     """
     if missing := -len(labels_N) % _ROWS:
@@ -45,9 +46,10 @@ def fp8_gradients(
     assert output is not None and grad_input is not None and grad_weight is not None
     N, V, wide = labels_N.shape[0], weight_VD.shape[0], wide_dtype(hidden_ND.dtype)
     hidden, weight = _both(hidden_ND, output.left), _both(padded(weight_VD), output.right)
-    columns, scale = len(weight.matrix.codes), gradient_scale(factor, grad_input.left.format)
+    of_gradient, columns = grad_input.left, len(weight.matrix.codes)
+    scale = gradient_scale(factor, of_gradient.format)
     losses_N, grad_hidden_ND = hidden_ND.new_empty(N, dtype=wide), torch.empty_like(hidden_ND)
-    grad_weight_WD: Tensor | None = None
+    grad_weight_WD, apart_N, between = None, losses_N.new_empty(N), twin if kernel else definition
     rows = piece_rows(N, V, hidden_ND.device.type, logits.itemsize + _CODES)
     for start in range(0, N, rows):
         piece = slice(start, start + rows)
@@ -55,34 +57,25 @@ def fp8_gradients(
             replace(q, codes=q.codes[at]) for q, at in ((hidden.matrix, piece), (hidden.transpose, (..., piece)))
         )
         logits_PV = scaled_matmul(left, weight.matrix, output.accumulator, logits)[:, :V]
-        losses_N[piece], gradient, apart_P1 = _softmax(
-            logits_PV, labels_N[piece], factor, scale, grad_input.left, columns, kernel
+        losses_N[piece], codes_PV, apart_N[piece] = between.softmax_codes(
+            logits_PV, labels_N[piece], factor, scale, of_gradient.format
         )
-        del logits_PV
-        target_P = labels_N[piece].clamp(min=0)
+        gradient = Quantized(
+            with_padding(codes_PV, columns), scale, of_gradient.format, of_gradient.granularity, of_gradient.scaling
+        )
+        del logits_PV, codes_PV
         product_PD = scaled_matmul(gradient, weight.transpose, grad_input.accumulator, wide)
-        grad_hidden_ND[piece] = product_PD.sub_(apart_P1 * weight_VD[target_P])
+        between.hidden_less_targets(product_PD, weight_VD, labels_N[piece], apart_N[piece], grad_hidden_ND[piece])
         gradient = replace(gradient, codes=turned(gradient.codes))
         product_WD = scaled_matmul(gradient, right, grad_weight.accumulator, wide)
-        product_WD.index_add_(0, target_P, -apart_P1 * hidden_ND[piece])
         grad_weight_WD = product_WD if grad_weight_WD is None else grad_weight_WD.add_(product_WD)
         del gradient, product_PD, product_WD
     if grad_weight_WD is None:  # no token at all
         return losses_N, grad_hidden_ND, torch.zeros_like(weight_VD)
+    between.weight_less_targets_(grad_weight_WD, hidden_ND, labels_N, apart_N)
     return losses_N, grad_hidden_ND, grad_weight_WD[:V].to(weight_VD.dtype)
 
 
-def _softmax(
-    logits_PV: Tensor, labels_P: Tensor, factor: Tensor, scale: Tensor, operand: Operand, columns: int, kernel: bool
-) -> tuple[Tensor, Quantized, Tensor]:
-    """Losses [P], the gradient of the logits as the left operand of grad_input, [P, columns] with zero beside the logits, and
-    what is taken apart of it at the target, [P, 1]."""
-    make = softmax_codes if kernel else definition
-    losses_P, codes_PV, apart_P = make(logits_PV, labels_P, factor, scale, operand.format)
-    codes_PW = with_padding(codes_PV, columns)
-    gradient = Quantized(codes_PW, scale, operand.format, operand.granularity, operand.scaling)
-    return losses_P, gradient, apart_P.unsqueeze(1)
-
-
 def _both(x: Tensor, operand: Operand) -> Both:
-    return quantize_both([x], operand.format, operand.granularity, operand.rounding, 0, operand.scaling)
+    amax = largest([x], operand.granularity)  # known to it, the kernel of `encode_both` makes the codes
+    return quantize_both([x], operand.format, operand.granularity, operand.rounding, 0, operand.scaling, amax=amax)

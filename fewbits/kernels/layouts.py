@@ -56,7 +56,13 @@ def encode_both(
         parts = [torch.cat(tuple(parts), 1)]
     made = _operators()[0]([part.contiguous() for part in parts], scale, format.name, sums, maximum)
     codes, codes_t, found, amax = made
-    return codes, codes_t, found.sum(0) if sums else None, amax.view(torch.float32).view(1, 1) if maximum else None
+    largest = amax.view(torch.float32).view(1, 1) if maximum else None
+    return codes, unpadded(codes_t, len(codes)), found.sum(0) if sums else None, largest
+
+
+def unpadded(codes_t: Tensor, rows: int) -> Tensor:
+    """Transposed codes [C, R] of `rows` R from columns that kernels pad to whole words."""
+    return codes_t if codes_t.shape[1] == rows else codes_t[:, :rows].contiguous()
 
 
 def turn(codes: Tensor) -> Tensor:
@@ -81,7 +87,7 @@ def _operators() -> tuple[Any, Any]:
 def _turn(codes: Tensor) -> Tensor:
     from torch.library import wrap_triton
 
-    from fewbits.kernels.quantize_triton import turn_kernel
+    from fewbits.kernels.layouts_triton import turn_kernel
 
     (R, C), (BM, BN) = codes.shape, TILE
     codes_t = torch.empty(C, R, dtype=codes.dtype, device=codes.device)
@@ -96,24 +102,24 @@ def _encode_both(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from torch.library import wrap_triton
 
-    from fewbits.kernels.quantize_triton import encode_both_kernel
+    from fewbits.kernels.layouts_triton import encode_both_kernel
 
     fmt, (first, *others) = Format.parse(format), parts
     ends = list(accumulate(part.shape[1] for part in parts))
     R, C = first.shape[0], ends[-1]
     BM, BN, warps = BOTH_TILE
+    down, across, quads = -(-R // BM), -(-C // BN), -(-R // 4)
     codes = torch.empty(R, C, dtype=carrier(fmt), device=first.device)
-    codes_t = torch.empty(C, R, dtype=carrier(fmt), device=first.device)
-    down, across = -(-R // BM), -(-C // BN)
+    codes_t = torch.empty(C, 4 * quads, dtype=carrier(fmt), device=first.device)
     found = torch.empty(down if sums else 0, C, dtype=torch.float32, device=first.device)
     amax = torch.zeros(int(maximum), dtype=torch.int32, device=first.device)
     kernel: Any = encode_both_kernel if _interpreted(encode_both_kernel) else wrap_triton(encode_both_kernel)
     mantissa, lowest, limit = _constants(fmt)
     kernel[(down * across,)](
         first, others[0] if others else first, others[-1] if others else first, scale, codes, codes_t,
-        found if sums else scale, amax if maximum else scale, R, C, ends[0], ends[min(1, len(others))], across,
+        found if sums else scale, amax if maximum else scale, R, C, quads, ends[0], ends[min(1, len(others))], across,
         mantissa=mantissa, lowest=lowest, limit=limit, PARTS=len(parts), SUMS=sums, MAXIMUM=maximum,
-        BM=BM, BN=BN, NATIVE=first.is_cuda, num_warps=warps,
+        BM=BM, BN=BN, WHOLE=R % BM == 0 and C % BN == 0, NATIVE=first.is_cuda, num_warps=warps,
     )  # fmt: skip
     return codes, codes_t, found, amax
 
@@ -133,7 +139,7 @@ def encode_all(matrices: Sequence[Tensor], format: Format, earlier: Tensor | Non
     largest magnitude that each is scaled by, 0 for its own. Returns codes and scales, and the largest magnitudes, fp32
     [matrices]; a matrix that is not finite gets the scale NaN.
     """
-    from fewbits.kernels.quantize_triton import amax_all_kernel, encode_all_kernel
+    from fewbits.kernels.layouts_triton import amax_all_kernel, encode_all_kernel
 
     device, (BM, BN) = matrices[0].device, TILE
     known = _table(tuple((m.data_ptr(), m.shape[0], m.shape[1]) for m in matrices), str(device))

@@ -27,6 +27,7 @@ from fewbits.kernels.quantize import installed
 from fewbits.numerics.loss import IGNORE, Pieces, piece_rows
 from fewbits.numerics.loss import softmax_gradient as definition
 from fewbits.numerics.loss import softmax_losses as losses_definition
+from fewbits.numerics.loss import weight_less_targets_ as add_definition
 from fewbits.numerics.quantize import carrier
 from fewbits.numerics.wide import wide_dtype
 
@@ -36,6 +37,7 @@ BLOCK = 4096  # columns that a program reads at a time; bench/loss_head.py times
 # from so many columns on a row keeps 16 warps busy (50,304 on an H200: 0.59 ms instead of 0.67), 32 where it becomes codes
 # (0.48 instead of 0.55); 6,400 do not
 _LONG = 4 * BLOCK
+_TARGET = 1024  # numbers of a target's row that a program takes at a time
 
 
 def why_not(logits: Tensor, dtype: torch.dtype) -> str:
@@ -85,6 +87,33 @@ def softmax_codes(
     apart_N = torch.empty(N, dtype=torch.float32, device=logits_NV.device)
     losses_N = _launch(logits_NV, codes_NV, labels_N, factor.float(), 0, 0, _Coding(format, scale, apart_N))
     return losses_N, codes_NV, apart_N
+
+
+def hidden_less_targets(
+    product_PD: Tensor, weight_VD: Tensor, labels_P: Tensor, apart_P: Tensor, out_PD: Tensor
+) -> None:
+    """`hidden_less_targets` of numerics/loss.py in one pass; product fp32, matrices of whole rows."""
+    from fewbits.kernels.loss_triton import hidden_less_targets_kernel
+
+    if len(product_PD):
+        hidden_less_targets_kernel[(len(product_PD),)](
+            product_PD, weight_VD, labels_P.contiguous(), apart_P, out_PD, weight_VD.stride(0), D=product_PD.shape[1],
+            BLOCK=_TARGET, num_warps=4,
+        )  # fmt: skip
+
+
+def weight_less_targets_(total_VD: Tensor, hidden_ND: Tensor, labels_N: Tensor, apart_N: Tensor) -> None:
+    """`weight_less_targets_` of numerics/loss.py in one pass, total fp32, up to the order of sums: that of the definition
+    where algorithms must be deterministic, else whatever comes first."""
+    from fewbits.kernels.loss_triton import weight_less_targets_kernel
+
+    if torch.are_deterministic_algorithms_enabled():
+        add_definition(total_VD, hidden_ND, labels_N, apart_N)
+    elif len(hidden_ND):
+        weight_less_targets_kernel[(len(hidden_ND),)](
+            total_VD, hidden_ND, labels_N.contiguous(), apart_N, hidden_ND.stride(0), D=hidden_ND.shape[1],
+            BLOCK=_TARGET, num_warps=4,
+        )  # fmt: skip
 
 
 def softmax_losses(logits_NV: Tensor, labels_N: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ except ImportError:  # kernels/loss.py says so before it comes here
         return function or jit
 
 
-from fewbits.kernels.quantize_triton import _fp8, _inverse_power
+from fewbits.kernels.layouts_triton import _fp8, _inverse_power
 
 
 @jit
@@ -108,3 +108,37 @@ def _add_exponentials(most, total, x):
 def _gradient_of(x, share, is_target, of_target):
     """softmax * weight less what the target has, with x below the largest logit and share = weight / sum of exponentials."""
     return tl.exp(x) * share - tl.where(is_target, of_target, 0.0)
+
+
+@jit
+def hidden_less_targets_kernel(
+    product, weight, labels, apart, out, weight_stride, D: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """out [P, D] of product [P, D] fp32, a row a program, less apart [P] times the row of the weight that the label names,
+    which is not read where apart is 0."""
+    row = tl.program_id(0).to(tl.int64)
+    share = tl.load(apart + row)
+    label = tl.load(labels + row)
+    for start in range(0, D, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < D
+        x = tl.load(product + row * D + columns, mask=inside)
+        if share != 0.0:
+            x -= share * tl.load(weight + label * weight_stride + columns, mask=inside).to(tl.float32)
+        tl.store(out + row * D + columns, x.to(out.dtype.element_ty), mask=inside)
+
+
+@jit
+def weight_less_targets_kernel(
+    total, hidden, labels, apart, hidden_stride, D: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Takes apart [N] times hidden [N, D], a row a program, from the row of total [V, D] fp32 that the label names."""
+    row = tl.program_id(0).to(tl.int64)
+    share = tl.load(apart + row)
+    label = tl.load(labels + row)
+    if share != 0.0:
+        for start in range(0, D, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = columns < D
+            x = tl.load(hidden + row * hidden_stride + columns, mask=inside, other=0.0).to(tl.float32)
+            tl.atomic_add(total + label * D + columns, -share * x, mask=inside, sem="relaxed")

@@ -112,7 +112,7 @@ def _native_fp8(left: Quantized, right: Quantized, fast: bool, dtype: torch.dtyp
     if left.granularity == BLOCK:
         y: Tensor = scaled_mm_blocks(left.codes, left.scale, right.codes, right.scale, dtype)
         return y if bias is None else y + bias
-    a, b = left.codes.contiguous(), right.codes.contiguous().t()
+    a, b = _rows(left.codes), _rows(right.codes).t()
     if left.granularity == TENSOR:
         return torch._scaled_mm(
             a, b, left.scale.view(()), right.scale.view(()), bias=bias, out_dtype=dtype, use_fast_accum=fast
@@ -120,6 +120,13 @@ def _native_fp8(left: Quantized, right: Quantized, fast: bool, dtype: torch.dtyp
     scale_a, scale_b = left.scale.contiguous(), right.scale.t().contiguous()
     y = torch._scaled_mm(a, b, scale_a, scale_b, out_dtype=dtype, use_fast_accum=fast)
     return y if bias is None else y + bias
+
+
+def _rows(codes: Tensor) -> Tensor:
+    """Codes row by row, where they lie if whole sixteens of bytes are between rows and before them: what cuBLAS asks for."""
+    fits = codes.stride(1) == 1 and codes.stride(0) >= codes.shape[1]
+    fits = fits and codes.stride(0) % 16 == 0 and codes.storage_offset() % 16 == 0
+    return codes if fits else codes.contiguous()
 
 
 # An operator of its own: what inductor makes of aten's would fix neither the strides nor the padding of the scales

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fewbits.kernels.activation import Known, activate_backward, activate_codes
 from fewbits.kernels.dispatch import (
-    activate_both,
     activation_execution,
     emulated,
     encode_both,
@@ -359,14 +359,28 @@ class Draw(NamedTuple):
             self.note(other.maxima[role], role)
 
 
-def coded(
-    name: str, inputs: Sequence[Tensor], operand: Operand, role: int, draws: Sequence[Draw], sums: bool
-) -> list[Both]:
-    """The results of an activation as operands in the role, one for each draw, whose delayed scales are known: codes that are
-    written without their values, and maxima that are noted."""
-    scales = [draw.early(operand, role) for draw in draws]
-    made = activate_both(name, scales, operand.format, operand.granularity, operand.scaling, sums, *inputs)
-    return [draw.noted(both, scale, amax, role) for draw, scale, (both, amax) in zip(draws, scales, made, strict=True)]
+def coded(name: str, inputs: Sequence[Tensor], operand: Operand, draw: Draw) -> Quantized:
+    """The result of an activation as an operand whose delayed scale is known: codes that are written without its values."""
+    scale = draw.early(operand, ACTIVATION)
+    codes, amax = activate_codes(name, Known(scale, operand.format), *inputs)
+    draw.note(amax, ACTIVATION)
+    return Quantized(codes, honest(scale, amax), operand.format, operand.granularity, operand.scaling)
+
+
+def coded_backward(
+    name: str, inputs: Sequence[Tensor], hidden: Operand, its: Draw, operand: Operand, draws: Sequence[Draw], sums: bool
+) -> tuple[Tensor, list[Both]]:
+    """The codes that `coded` made of an activation as the operand `hidden`, transposed, and its gradients as operands of
+    `draws`, likewise written without their values; names of activations with "_backward" behind them."""
+    scales = [draw.early(operand, GRADIENT) for draw in draws]
+    known = [Known(scale, operand.format) for scale in scales]
+    again = Known(its.early(hidden, ACTIVATION), hidden.format)
+    hidden_t, made = activate_backward(name, again, known, sums, *inputs)
+    gradients = []
+    for draw, scale, one in zip(draws, scales, made, strict=True):
+        matrix = Quantized(one.codes, scale, operand.format, operand.granularity, operand.scaling)
+        gradients.append(draw.noted(Both.of(matrix, one.codes_t, one.sums), scale, one.amax, GRADIENT))
+    return hidden_t, gradients
 
 
 def noting(parts: Sequence[Tensor], operand: Operand) -> bool:

@@ -2,7 +2,9 @@
 
 Layer by layer, the activation is written in 16 bits, read for its largest magnitude and read again for its codes, and so is
 its gradient. Here the kernel that makes them hands over the maximum too, or, under delayed scales that are known, nothing
-but codes. The operands, and so the products, are those of layer by layer: of the same values, the same codes.
+but codes, and those of the activation that grad_weight wants are made in the backward pass: a byte less to keep for every
+element of the widest tensor of a layer. The operands, and so the products, are those of layer by layer: of the same values,
+the same codes.
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fewbits.kernels.dispatch import activate
+from fewbits.kernels.activation import activate
 from fewbits.nn.linear import Linear, unheard
-from fewbits.nn.lowbit import Draw, coded, column_sums, gradient_codes, multiply, recipe_of
+from fewbits.nn.lowbit import Draw, coded, coded_backward, column_sums, gradient_codes, multiply, recipe_of
 from fewbits.nn.scale_history import ACTIVATION, GRADIENT
-from fewbits.numerics.quantize import Both, Quantized
-from fewbits.precision.recipe import Operand, Recipe
+from fewbits.numerics.quantize import Quantized
+from fewbits.precision.recipe import Recipe
 
 _ACTIVATIONS = {2: "gelu", 3: "swiglu"}  # by the number of layers: up and down; gate, up and down
 
@@ -97,11 +99,16 @@ class _LowBitMLP(torch.autograd.Function):
             multiply(left, part.output_codes, part.output_scale, output, part.weight.dtype, part.bias)
             for part in parts[:-1]
         ]
-        name = _ACTIVATIONS[len(parts)]
-        ((hidden, hidden_t, _),) = _activated(name, inner, output.left, "output", ACTIVATION, draws[-1:], False)
+        name, hidden_codes = _ACTIVATIONS[len(parts)], None
+        if known:
+            hidden = coded(name, inner, output.left, draws[-1])
+        else:
+            ((value, amax),) = activate(name, *inner)
+            hidden, hidden_t, _ = draws[-1].both([value], output.left, "output", ACTIVATION, False, amax)
+            hidden_codes = hidden_t.codes.t()
         y = multiply(hidden, down.output_codes, down.output_scale, output, down.weight.dtype, down.bias)
         backward = [tensor for part in parts for tensor in part[4:]]
-        kept = (turned.codes.t(), turned.scale.t(), hidden_t.codes.t(), hidden_t.scale.t())
+        kept = (turned.codes.t(), turned.scale.t(), hidden_codes, hidden.scale)
         ctx.save_for_backward(*kept, *inner, *backward)
         ctx.text, ctx.known, ctx.shape = text, known, x.shape
         ctx.biases = [None if part.bias is None else part.bias.dtype for part in parts]
@@ -119,14 +126,21 @@ class _LowBitMLP(torch.autograd.Function):
         left, rows, sums = gradient_codes(draws[-1], [grad_NO], recipe, (True, True), biased[-1])
         assert left is not None and rows is not None and recipe.grad_input is not None
         grads: list[Tensor | None] = [None] * (_SIZE * count)
-        grads[-_SIZE] = _grad_weight(rows, h_codes, h_scale, recipe, ctx.dtype)
         if biased[-1]:
             grads[1 - _SIZE] = (column_sums(grad_NO) if sums is None else sums).to(ctx.biases[-1])
         codes, scale = weights[-1][:2]
-        grad_hidden = multiply(left, codes, scale, recipe.grad_input, ctx.dtype)
-        name = _ACTIVATIONS[count] + "_backward"
-        operand = recipe.grad_input.left
-        made = _activated(name, [grad_hidden, *inner], operand, "grad_input", GRADIENT, draws[:-1], biased[0])
+        inputs = [multiply(left, codes, scale, recipe.grad_input, ctx.dtype), *inner]
+        name, operand = _ACTIVATIONS[count] + "_backward", recipe.grad_input.left
+        if ctx.known:
+            assert recipe.output is not None
+            hidden_t, made = coded_backward(name, inputs, recipe.output.left, draws[-1], operand, draws[:-1], biased[0])
+            h_codes = hidden_t.t()
+        else:
+            made = [
+                draw.both([value], operand, "grad_input", GRADIENT, biased[0], amax)
+                for draw, (value, amax) in zip(draws[:-1], activate(name, *inputs), strict=True)
+            ]
+        grads[-_SIZE] = _grad_weight(rows, h_codes, h_scale, recipe, ctx.dtype)
         grad_x = None
         for i, (matrix, transpose, found) in enumerate(made):
             grads[_SIZE * i] = _grad_weight(transpose, x_codes, x_scale, recipe, ctx.dtype)
@@ -142,15 +156,3 @@ class _LowBitMLP(torch.autograd.Function):
 def _grad_weight(rows: Quantized, codes: Tensor, scale: Tensor, recipe: Recipe, dtype: torch.dtype) -> Tensor:
     assert recipe.grad_weight is not None
     return multiply(rows, codes.t(), scale.t(), recipe.grad_weight, dtype)
-
-
-def _activated(
-    name: str, inputs: list[Tensor], operand: Operand, site: str, role: int, draws: Sequence[Draw], sums: bool
-) -> list[Both]:
-    """The results of an activation as operands in the role, one for each draw: never written where their scales are known."""
-    if operand.scaling == "delayed" and draws[0].known:
-        return coded(name, inputs, operand, role, draws, sums)
-    values = activate(name, *inputs)
-    return [
-        draw.both([value], operand, site, role, sums, amax) for draw, (value, amax) in zip(draws, values, strict=True)
-    ]

@@ -138,6 +138,19 @@ def softmax_codes(
     return softmax_losses(logits_NV, labels_N), codes_NV, torch.where(apart_N, factor, 0.0)
 
 
+def hidden_less_targets(
+    product_PD: Tensor, weight_VD: Tensor, labels_P: Tensor, apart_P: Tensor, out_PD: Tensor
+) -> None:
+    """What `softmax_codes` leaves out of the gradient of hidden states, taken from the product of its codes: apart times the
+    row of the weight that the label names. Into out, rounded once."""
+    out_PD.copy_(product_PD - apart_P.unsqueeze(1) * weight_VD[labels_P.clamp(min=0)])
+
+
+def weight_less_targets_(total_VD: Tensor, hidden_ND: Tensor, labels_N: Tensor, apart_N: Tensor) -> None:
+    """The same of the gradient of the weight, in place, in fp32 or wider: apart times the hidden state, in the label's row."""
+    total_VD.index_add_(0, labels_N.clamp(min=0), -apart_N.unsqueeze(1) * hidden_ND)
+
+
 class _Product:
     """How this head multiplies: logits are fp32, and the sum over tokens that is the weight gradient is fp32 until it ends.
 

@@ -99,6 +99,24 @@ def test_an_fp8_head_multiplies_the_codes_of_its_operands_in_fp8(N, V):
         assert float((mine.float() - exact).norm() / exact.norm()) < 2.0**-6
 
 
+def test_targets_are_taken_from_both_gradients_as_defined():
+    """Powers of two of bf16 are exact; the sums of a row come in any order."""
+    N, V, D = 4000, 300, 1100
+    hidden, weight = (torch.randn(rows, D, device="cuda").bfloat16() for rows in (N, V))
+    labels = torch.randint(V, (N,), device="cuda")
+    labels[::5] = definition.IGNORE
+    apart = torch.where((torch.rand(N, device="cuda") < 0.5) & (labels != definition.IGNORE), 2.0**-9, 0.0)
+    product, total = (2.0**-9 * torch.randn(rows, D, device="cuda") for rows in (N, V))
+    found, wanted = torch.empty(2, N, D, dtype=torch.bfloat16, device="cuda")
+    kernel.hidden_less_targets(product, weight, labels, apart, found)
+    definition.hidden_less_targets(product, weight, labels, apart, wanted)
+    assert torch.equal(found, wanted)
+    wide = total.double()
+    kernel.weight_less_targets_(total, hidden, labels, apart)
+    definition.weight_less_targets_(wide, hidden.double(), labels, apart.double())
+    assert float((total - wide).abs().max()) < 64 * 2.0**-24 * 64 * 2.0**-9  # some 7 additions to a few times 2^-9
+
+
 @pytest.mark.parametrize("block", [2048, 16384])
 def test_how_a_row_is_read_does_not_matter(block):
     logits, labels = case(FP16)

@@ -48,7 +48,17 @@ def test_values_maxima_and_codes_are_those_of_the_definition(name):
             bound = 2.0**-7 * want.float().abs() + 2.0**-16 * size + 2.0**-24
             assert bool(((y.float() - want.float()).abs() <= bound).all())
         scales = [power_of_two_scale(amax, fmt.max) * 2.0 ** (9 - 12 * i) for i, (_, amax) in enumerate(found)]
-        coded = kernel.activate_both(name, scales, fmt, True, *given)
+        known = [kernel.Known(scale, fmt) for scale in scales]
+        if not name.endswith("backward"):
+            codes, amax = kernel.activate_codes(name, known[0], *given)
+            wanted_codes = quantize.encode_both([found[0][0]], *known[0])[0]
+            assert torch.equal(codes.view(torch.uint8), wanted_codes.view(torch.uint8))
+            assert torch.equal(amax, found[0][1])
+            continue
+        hidden = kernel.Known(scales[0] * 2.0**5, Format.parse("fp8_e4m3"))
+        hidden_t, coded = kernel.activate_backward(name, hidden, known, True, *given)
+        its = kernel.activate_codes(name.removesuffix("_backward"), hidden, *given[1:])[0]
+        assert torch.equal(hidden_t.view(torch.uint8), its.view(torch.uint8).t().contiguous())
         for (y, amax), scale, one in zip(found, scales, coded, strict=True):
             codes, codes_t, sums, _ = quantize.encode_both([y], scale, fmt)
             assert torch.equal(one.codes.view(torch.uint8), codes.view(torch.uint8))
@@ -85,16 +95,19 @@ def gradients(config, precision, compiled, steps=5):
 
 
 @pytest.mark.parametrize("config", [GPT, LLAMA], ids=["gelu", "swiglu"])
-@pytest.mark.parametrize(("precision", "name"), [("fp8", "activate_kernel"), ("fp8-delayed", "activate_both_kernel")])
-def test_one_kernel_each_way_makes_what_layer_by_layer_makes(config, precision, name, monkeypatch):
+@pytest.mark.parametrize(
+    ("precision", "names"),
+    [("fp8", ["activate_kernel"] * 2), ("fp8-delayed", ["activate_kernel", "activate_backward_kernel"])],
+)
+def test_one_kernel_each_way_makes_what_layer_by_layer_makes(config, precision, names, monkeypatch):
     """The activation of a compiler differs by a rounding of bf16 in few places, each worth one code of fp8 at most: some 3 % of
     the codes by 6 % of their value, 0.01 of the whole."""
     found, ran = gradients(config, precision, True)
-    assert sum(count for key, count in ran.items() if name in key) == 2, ran
+    assert all(sum(count for key, count in ran.items() if name in key) == names.count(name) for name in names), ran
     key = ("activations between low-bit layers", "cuda")
     monkeypatch.setitem(dispatch._choices, key, Choice("definition", "a test"))
     wanted, others = gradients(config, precision, True)
-    assert not any(name in key for key in others)
+    assert not any(name in key for key in others for name in names)
     for mine, theirs in zip(found, wanted, strict=True):
         assert float((mine.double() - theirs.double()).norm()) <= 0.03 * float(theirs.double().norm())
 

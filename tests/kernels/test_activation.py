@@ -65,16 +65,36 @@ def test_values_are_those_of_the_definition_and_the_largest_magnitude_is_theirs(
             assert bool(((y.float() - want.float()).abs() <= bound).all())
 
 
-@pytest.mark.parametrize("name", kernel.NAMES)
-@pytest.mark.parametrize("format", ["fp8_e4m3", "fp8_e5m2"])
-def test_codes_are_those_of_the_values_bit_for_bit_in_both_layouts(name, format):
-    fmt = Format.parse(format)
+FORWARD = [name for name in kernel.NAMES if not name.endswith("backward")]
+FORMATS = [Format.parse("fp8_e4m3"), Format.parse("fp8_e5m2")]
+
+
+@pytest.mark.parametrize("name", FORWARD)
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_codes_of_an_activation_are_those_of_its_values_bit_for_bit(name, fmt):
     for shape in SHAPES:
         given = inputs(name, shape, torch.bfloat16)
-        values = kernel.activate(name, *given)
-        # one scale saturates and the other leaves range idle, as delayed ones may
+        ((y, amax),) = kernel.activate(name, *given)
+        for factor in (2.0**9, 2.0**-3):  # one scale leaves range idle and the other saturates, as delayed ones may
+            scale = power_of_two_scale(amax, fmt.max) * factor
+            codes, largest = kernel.activate_codes(name, kernel.Known(scale, fmt), *given)
+            wanted = quantize.encode_both([y], scale, fmt)[0]
+            assert torch.equal(codes.view(torch.uint8), wanted.view(torch.uint8)) and torch.equal(largest, amax)
+
+
+@pytest.mark.parametrize("name", FORWARD)
+@pytest.mark.parametrize(("fmt", "of_hidden"), [FORMATS, FORMATS[::-1]], ids=str)
+def test_a_backward_pass_gives_codes_of_its_values_and_again_those_of_the_activation(name, fmt, of_hidden):
+    for shape in SHAPES:
+        grad, *given = inputs(name + "_backward", shape, torch.bfloat16)
+        ((y, amax),) = kernel.activate(name, *given)
+        hidden = kernel.Known(power_of_two_scale(amax, of_hidden.max) * 2.0**-3, of_hidden)
+        values = kernel.activate(name + "_backward", grad, *given)
         scales = [power_of_two_scale(amax, fmt.max) * 2.0 ** (9 - 12 * i) for i, (_, amax) in enumerate(values)]
-        coded = kernel.activate_both(name, scales, fmt, True, *given)
+        known = [kernel.Known(scale, fmt) for scale in scales]
+        hidden_t, coded = kernel.activate_backward(name + "_backward", hidden, known, True, grad, *given)
+        wanted_t = quantize.encode_both([y], *hidden)[1]
+        assert torch.equal(hidden_t.view(torch.uint8), wanted_t.view(torch.uint8)) and hidden_t.is_contiguous()
         for (y, amax), scale, one in zip(values, scales, coded, strict=True):
             codes, codes_t, sums, _ = quantize.encode_both([y], scale, fmt)
             assert torch.equal(one.codes.view(torch.uint8), codes.view(torch.uint8))
@@ -82,7 +102,8 @@ def test_codes_are_those_of_the_values_bit_for_bit_in_both_layouts(name, format)
             assert torch.equal(one.amax, amax)
             bound = 2.0**-23 * shape[0] * y.float().abs().sum(0)  # R roundings of fp32, of two orders of one sum
             assert one.sums is not None and bool(((one.sums - sums).abs() <= bound).all())
-        assert all(one.sums is None for one in kernel.activate_both(name, scales, fmt, False, *given))
+        _, others = kernel.activate_backward(name + "_backward", hidden, known, False, grad, *given)
+        assert all(one.sums is None for one in others)
 
 
 @pytest.mark.parametrize("name", kernel.NAMES)
@@ -92,11 +113,14 @@ def test_a_value_that_is_not_finite_shows_in_the_largest_magnitude(name, value):
     given[0][60, 80] = value
     for x in given[1:]:
         x[60, 80] = 0.5
-    fmt = Format.parse("fp8_e4m3")
     for _, amax in kernel.activate(name, *given):
         assert not bool(amax.isfinite())
-    scales = [torch.ones(1, 1)] * kernel.NAMES[name][1]
-    assert not any(bool(one.amax.isfinite()) for one in kernel.activate_both(name, scales, fmt, False, *given))
+    known = kernel.Known(torch.ones(1, 1), FORMATS[0])
+    if name in FORWARD:
+        assert not bool(kernel.activate_codes(name, known, *given)[1].isfinite())
+    else:
+        _, coded = kernel.activate_backward(name, known, [known] * kernel.NAMES[name][1], False, *given)
+        assert not any(bool(one.amax.isfinite()) for one in coded)
 
 
 @pytest.mark.parametrize("x", [-3e38, -1e10, -31.0, 31.0, 1e10, 3e38])

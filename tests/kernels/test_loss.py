@@ -178,6 +178,47 @@ def test_codes_of_equal_logits_are_exact():
     assert torch.equal(codes.float() * scale, exact) and apart.tolist() == [2.0**16, 0.0, 0.0]
 
 
+def targets(N=37, V=11, D=1100):
+    """Hidden states, a weight, labels of which some name one token and some none, and what is taken apart of them."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, D, generator=generator).bfloat16()
+    weight = torch.randn(V, D, generator=generator).bfloat16()
+    labels = torch.randint(V, (N,), generator=generator)
+    labels[::5] = definition.IGNORE
+    apart = torch.where(torch.rand(N, generator=generator) < 0.5, 2.0**-9, 0.0)
+    return hidden, weight, labels, apart.where(labels != definition.IGNORE, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_targets_are_taken_from_the_gradient_of_hidden_states_in_one_rounding(dtype):
+    _, weight, labels, apart = targets()
+    product = torch.randn(37, 1100, generator=torch.Generator().manual_seed(1)) * 2.0**-9
+    found, wanted = torch.empty(2, 37, 1100, dtype=dtype)
+    kernel.hidden_less_targets(product, weight.to(dtype), labels, apart, found)
+    definition.hidden_less_targets(product, weight.to(dtype), labels, apart, wanted)
+    if dtype == torch.bfloat16:  # to which the interpreter cuts instead of rounding
+        torch.testing.assert_close(found, wanted, rtol=2.0**-7, atol=0)
+    else:
+        assert torch.equal(found, wanted)
+    kernel.hidden_less_targets(product[:0], weight, labels[:0], apart[:0], found[:0])
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_targets_are_taken_from_the_gradient_of_the_weight_row_by_row(deterministic):
+    hidden, _, labels, apart = targets()
+    wide = torch.randn(16, 1100, generator=torch.Generator().manual_seed(1)) * 2.0**-9
+    found, wanted = wide.clone(), wide.double()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        kernel.weight_less_targets_(found, hidden, labels, apart)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    definition.weight_less_targets_(wanted, hidden.double(), labels, apart.double())
+    # 37 additions at most to numbers of 2^-9 times 5, each off by 2^-24 of the sum
+    assert float((found - wanted).abs().max()) < 37 * 2.0**-24 * 40 * 2.0**-9
+    assert torch.equal(found[11:], wide[11:])
+
+
 def test_losses_alone_are_the_same():
     for dtype in ULP:
         logits, labels = case(dtype)

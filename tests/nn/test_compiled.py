@@ -36,6 +36,28 @@ def test_compiled_gradients_are_the_eager_ones(config, precision, bound):
         assert float((gradients[1][name] - eager).norm()) < bound * float(eager.norm()), name
 
 
+@pytest.mark.parametrize("config", [GPT, LLAMA], ids=["gpt", "llama"])
+def test_sums_that_wait_for_the_next_block_are_the_same_sums(config, monkeypatch):
+    """Bit for bit in eager code, and not at all where somebody listens to a block."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    ids = torch.randint(61, (4, 17), generator=torch.Generator().manual_seed(0))
+    micro_batch = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+    found, heard = [], []
+    for how in ("block by block", "joining", "heard"):
+        model = Transformer(dataclasses.replace(config, n_layer=3))
+        model.compile_blocks()
+        if how == "block by block":
+            model._run_joining = None
+        if how == "heard":
+            model.blocks[1].register_forward_hook(lambda *given: heard.append(given[2].shape))
+        loss = model.loss_sum(micro_batch)
+        (loss / 64).backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert heard == [(4, 16, 16)]
+    for one, *others in zip(*found, strict=True):
+        assert all(torch.equal(one, other) for other in others)
+
+
 def test_a_layer_is_timed_compiled_where_the_run_will_be():
     ways = (BF16, str(RECIPES["fp8"]))
     times = LayerTimer(torch.device("cpu"), "compiled", rounds=LEAST_ROUNDS)(Shape(32, 64, 64, True), ways)

@@ -15,6 +15,7 @@ import fewbits
 from fewbits import AdamW, ModelConfig, Step, Transformer
 from fewbits.choice import Choice
 from fewbits.kernels import dispatch
+from fewbits.kernels.activation import activate
 from fewbits.nn import lowbit, mlp, transformer
 from fewbits.nn.lowbit import chains, held_weights
 from fewbits.nn.scale_history import GRADIENT, scale_history
@@ -42,11 +43,11 @@ class Layered(torch.autograd.Function):
     def forward(ctx, *inputs):
         ctx.save_for_backward(*inputs)
         ctx.name = ("gelu", "swiglu")[len(inputs) - 1]
-        return dispatch.activate(ctx.name, *inputs)[0][0]
+        return activate(ctx.name, *inputs)[0][0]
 
     @staticmethod
     def backward(ctx, grad):
-        found = dispatch.activate(f"{ctx.name}_backward", grad.contiguous(), *ctx.saved_tensors)
+        found = activate(f"{ctx.name}_backward", grad.contiguous(), *ctx.saved_tensors)
         return tuple(value for value, _ in found)
 
 
