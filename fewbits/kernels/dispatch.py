@@ -264,6 +264,15 @@ def activation_execution(device: torch.device) -> Choice:
     return _choices[key]
 
 
+def norm_execution(device: torch.device) -> Choice:
+    """What makes the backward pass of norms in compiled code: the Triton "kernel", or the compiler from the "definition";
+    they agree up to the order of sums."""
+    key = ("gradients of norms", device.type)
+    if key not in _choices:
+        _choices[key] = _kernel(_no_triton(device), "a compiler adds up the gradients of weights in four kernels more")
+    return _choices[key]
+
+
 def _traced(x: Tensor) -> bool:
     """Whether a compiler looks at what happens to x: what it traces with is a class of its own."""
     return type(x) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling()

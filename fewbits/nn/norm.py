@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from fewbits.kernels.dispatch import fused
-from fewbits.numerics.norm import layer_norm, rms_norm
-from fewbits.numerics.wide import wide_dtype
+from fewbits.kernels.dispatch import fused, norm_execution
+from fewbits.kernels.norm import norm_backward, why_not
+from fewbits.nn.linear import unheard
+from fewbits.numerics.norm import layer_norm, rms_norm, statistics
+from fewbits.numerics.wide import wide_dtype, widen
 
 
 class LayerNorm(nn.LayerNorm):
@@ -33,3 +37,46 @@ class RMSNorm(nn.RMSNorm):
         eps = torch.finfo(wide_dtype(x.dtype)).eps if self.eps is None else self.eps
         twin = fused(x)
         return rms_norm(x, self.weight, eps) if twin is None else twin.rms_norm(x, self.weight, eps)
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centered: bool
+    ) -> tuple[Tensor, Tensor]:
+        total = x + branch
+        mean, rstd = statistics(total, eps, centered)
+        normal = (widen(total) if mean is None else widen(total) - mean) * rstd * widen(weight)
+        ctx.save_for_backward(total, weight, mean, rstd)
+        ctx.biased = bias is not None
+        return total, (normal if bias is None else normal + widen(bias)).to(total.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, along: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+        total, weight, mean, rstd = ctx.saved_tensors
+        grad_total, by_weight, by_bias = norm_backward(grad, along, total, weight, mean, rstd)
+        return grad_total, grad_total, by_weight, by_bias if ctx.biased else None, None, None
+
+
+def add_norm(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centered: bool
+) -> tuple[Tensor, Tensor]:
+    """x + branch, and the layer norm of that, or the root-mean-square norm where it is not centered: for a compiler, which
+    makes the forward pass one kernel and calls kernels/norm.py for the backward pass."""
+    return _AddNorm.apply(x, branch, weight, bias, eps, centered)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def joined(norm: LayerNorm | RMSNorm, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+    """x + branch, and the norm of that."""
+    together = (
+        torch.compiler.is_compiling()
+        and isinstance(norm, LayerNorm | RMSNorm)  # a norm may have been replaced by another
+        and norm_execution(x.device).value == "kernel"
+        and x.dtype == branch.dtype == norm.weight.dtype
+        and unheard(norm)
+        and not why_not(x)
+    )
+    if not together or norm.eps is None:
+        total = x + branch
+        return total, norm(total)
+    return add_norm(x, branch, norm.weight, getattr(norm, "bias", None), norm.eps, isinstance(norm, LayerNorm))

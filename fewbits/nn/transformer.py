@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
-from fewbits.kernels.dispatch import emulated, fused
+from fewbits.kernels.dispatch import emulated, fused, norm_execution
 from fewbits.nn.attention import Attention, document_mask, rotary_table
 from fewbits.nn.embedding import Embedding
 from fewbits.nn.head import compiled_pieces, loss_sum
 from fewbits.nn.linear import FORMAT_OF, Linear, linear, unheard
+from fewbits.nn.lowbit import let_compilers_in
 from fewbits.nn.mlp import mlp, together
-from fewbits.nn.norm import LayerNorm, RMSNorm
+from fewbits.nn.norm import LayerNorm, RMSNorm, add_norm, joined
 from fewbits.numerics.activation import gelu
 from fewbits.numerics.loss import Pieces
 from fewbits.numerics.wide import widen
@@ -196,13 +197,24 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
-        x, branch = self.branches(x, rotary, mask)
+        x, branch = self.opened(x, rotary, mask)
         return x + branch
 
-    def branches(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x with the attention's branch joined, and the branch that is to be added to it, both [B, T, D]."""
-        x = x + self._drop(self.attention(self.norm1(x), rotary, mask))
-        return x, self._drop(self.mlp(self.norm2(x)))
+    def opened(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The block of x as two, [B, T, D] each, that are still to be added: by who comes next, who has the sum in its norm."""
+        return self._branches(x, self.norm1(x), rotary, mask)
+
+    def join(
+        self, x: Tensor, branch: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`opened` of x + branch."""
+        return self._branches(*joined(self.norm1, x, branch), rotary, mask)
+
+    def _branches(
+        self, x: Tensor, normal: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        x, normal = joined(self.norm2, x, self._drop(self.attention(normal, rotary, mask)))
+        return x, self._drop(self.mlp(normal))
 
     def _drop(self, x: Tensor) -> Tensor:
         return nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
@@ -215,7 +227,7 @@ def _train_block(block: Block, x: Tensor, rotary: tuple[Tensor, Tensor] | None, 
 def _train_joining(
     block: Block, x: Tensor, branch: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return block.branches(x + branch, rotary, mask)
+    return block.join(x, branch, rotary, mask)
 
 
 class _WithNothing(torch.autograd.Function):
@@ -237,13 +249,15 @@ def _train_stack(
     rotary: tuple[Tensor, Tensor] | None,
     mask: Tensor | None,
 ) -> Tensor:
-    for block in blocks:
-        x = block(x, rotary, mask)
-    return norm(x)  # type: ignore[no-any-return]
+    first, *others = blocks
+    x, branch = first.opened(x, rotary, mask)  # type: ignore[operator]
+    for block in others:
+        x, branch = block.join(x, branch, rotary, mask)  # type: ignore[operator]
+    return joined(norm, x, branch)[1]
 
 
 def _train_norm(norm: LayerNorm | RMSNorm, x: Tensor, branch: Tensor | None = None) -> Tensor:
-    return norm(x if branch is None else x + branch)  # type: ignore[no-any-return]
+    return norm(x) if branch is None else joined(norm, x, branch)[1]
 
 
 def _evaluate_block(block: Block, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
@@ -312,7 +326,9 @@ class Transformer(nn.Module):
         compiling instead of 9.
         """
         for weight in {p.dtype: p for p in self.parameters() if p.dtype in FORMAT_OF}.values():
-            emulated(FORMAT_OF[weight.dtype], weight.device.type)
+            emulated(FORMAT_OF[weight.dtype], weight.device.type)  # asked for now: a compiler cannot
+        norm_execution(self.head_weight.device)
+        let_compilers_in(add_norm)
         self._run_train = torch.compile(_train_block, dynamic=False)
         self._run_joining = torch.compile(_train_joining, dynamic=False)
         low_bit = any(getattr(module, "recipe", "") for module in self.blocks.modules())

@@ -67,6 +67,30 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
+def statistics(x: Tensor, eps: float, centered: bool) -> tuple[Tensor | None, Tensor]:
+    """Of every row of x [..., D] in fp32, or fp64 for fp64: its mean, for a layer norm, and what a norm multiplies it by, both
+    [..., 1]."""
+    wide = widen(x)
+    if not centered:
+        return None, torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    variance, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)
+    return mean, torch.rsqrt(variance + eps)
+
+
+def norm_backward(
+    grad: Tensor, along: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of a norm of x [..., D] by x, with `along`, what else arrives at x, added before it is rounded; by weight
+    [D] and, where there is a mean, by bias. mean, rstd: `statistics` of x."""
+    wide, normal = widen(grad), (widen(x) if mean is None else widen(x) - mean) * rstd
+    scaled = wide * widen(weight)
+    back = scaled - normal * (scaled * normal).mean(-1, keepdim=True)
+    if mean is not None:
+        back = back - scaled.mean(-1, keepdim=True)
+    by_weight, by_bias = (values.flatten(0, -2).sum(0).to(weight.dtype) for values in (wide * normal, wide))
+    return (back * rstd + along).to(x.dtype), by_weight, None if mean is None else by_bias
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Layer normalization over the last axis (Ba et al. 2016), computed in fp32, stored in the dtype of `x`.
 

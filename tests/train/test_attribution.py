@@ -92,6 +92,8 @@ def test_every_kernel_of_ours_says_what_it_is_for() -> None:
     assert set(found.values()) <= {QUANTIZATION, OPTIMIZER, LOSS_PART, ATTENTION_PART, MATMUL, ELEMENTWISE}, found
     assert found["softmax_gradient_kernel"] == LOSS_PART and found["update_kernel"] == OPTIMIZER
     assert found["encode_all_kernel"] == found["amax_kernel"] == QUANTIZATION
+    assert found["norm_backward_kernel"] == found["totals_kernel"] == found["activate_backward_kernel"] == ELEMENTWISE
+    assert found["hidden_less_targets_kernel"] == found["weight_less_targets_kernel"] == LOSS_PART
 
 
 def test_a_range_tells_what_a_name_cannot() -> None:
