@@ -151,7 +151,7 @@ def _backward(grad, x, up, GATED: tl.constexpr, NATIVE: tl.constexpr):
 @jit
 def _gelu_parts(x, NATIVE: tl.constexpr):
     """gelu(x) / x, and the derivative of gelu."""
-    near = tl.where(x > 30.0, 30.0, tl.where(x < -30.0, -30.0, x))  # a NaN stays one
+    near = tl.clamp(x, -30.0, 30.0, propagate_nan=tl.PropagateNan.ALL)
     z = near * (1.5957691216057308 + 0.07135481627260025 * near * near)
     s = _sigmoid(z, NATIVE)
     return s, s + (3.0 * z - 3.1915382432114616 * near) * s * (1.0 - s)

@@ -79,9 +79,14 @@ def _inside(rows, columns, r0, c0, R, C):
 
 @jit
 def _raise(amax, p, q, r, s):
-    """Raises amax, int32 bits of fp32, to the largest magnitude of four tiles."""
-    bits = tl.maximum(tl.maximum(_magnitude(p), _magnitude(q)), tl.maximum(_magnitude(r), _magnitude(s)))
-    tl.atomic_max(amax, tl.max(tl.max(bits, axis=1), axis=0))
+    """Raises amax, int32 bits of fp32, to the largest magnitude of four tiles; a NaN is above all."""
+    most = _larger(_larger(tl.abs(p), tl.abs(q)), _larger(tl.abs(r), tl.abs(s)))
+    tl.atomic_max(amax, tl.max(tl.max(_magnitude(most), axis=1), axis=0))
+
+
+@jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @jit

@@ -6,6 +6,7 @@ A compiler makes the sums over rows and over columns in one kernel too, but adds
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -28,12 +29,14 @@ def why_not(x: Tensor) -> str:
 
 
 def norm_backward(
-    grad: Tensor, along: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor
+    grads: Sequence[Tensor], along: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`norm_backward` of numerics/norm.py, up to the order of sums."""
+    """`norm_backward` of numerics/norm.py, up to the order of sums; of one gradient or two."""
     D = x.shape[-1]
-    rows = [tensor.reshape(-1, D).contiguous() for tensor in (grad, along, x)]
-    grad_x, totals = _operator()(*rows, weight, None if mean is None else mean.view(-1), rstd.view(-1))
+    *rows, along_rows, x_rows = [tensor.reshape(-1, D).contiguous() for tensor in (*grads, along, x)]
+    grad_x, totals = _operator()(
+        rows, along_rows, x_rows, weight, None if mean is None else mean.view(-1), rstd.view(-1)
+    )
     return grad_x.view(x.shape), totals[0], None if mean is None else totals[1]
 
 
@@ -46,7 +49,7 @@ def _operator() -> Any:
 
 
 def _norm_backward(
-    grad: Tensor, along: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor
+    grads: list[Tensor], along: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
     from torch.library import wrap_triton
 
@@ -62,9 +65,9 @@ def _norm_backward(
     if not _interpreted(first):
         first, second = wrap_triton(first), wrap_triton(second)
     first[(programs,)](
-        grad, along, x, weight, rstd if mean is None else mean, rstd, out, parts, N, D=D,
-        TURNS=-(-N // (programs * _ROWS)), CENTERED=mean is not None, ROWS=_ROWS, BLOCK=1 << (D - 1).bit_length(),
-        num_warps=8 if D <= _FEW else 4,
+        grads[0], grads[-1], along, x, weight, rstd if mean is None else mean, rstd, out, parts, N, D=D,
+        TURNS=-(-N // (programs * _ROWS)), TWO=len(grads) > 1, CENTERED=mean is not None, ROWS=_ROWS,
+        BLOCK=1 << (D - 1).bit_length(), num_warps=8 if D <= _FEW else 4,
     )  # fmt: skip
     second[(-(-D // 32), matrices)](parts, totals, P=programs, D=D, ROWS=64, BLOCK=32, num_warps=4)
     return out, totals

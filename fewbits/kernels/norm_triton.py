@@ -13,11 +13,12 @@ except ImportError:  # kernels/norm.py is not asked then
 
 @jit
 def norm_backward_kernel(
-    grad, along, x, weight, mean, rstd, out, parts, N, D: tl.constexpr, TURNS: tl.constexpr, CENTERED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    grad, other, along, x, weight, mean, rstd, out, parts, N, D: tl.constexpr, TURNS: tl.constexpr, TWO: tl.constexpr,
+    CENTERED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out [N, D] as `norm_backward` of numerics/norm.py has it, ROWS rows at a time, every so many as there are programs; parts
-    fp32 [1 or 2, programs, D]: what the rows of a program add to the gradients of weight and, if CENTERED, bias."""
+    fp32 [1 or 2, programs, D]: what the rows of a program add to the gradients of weight and, if CENTERED, bias. TWO: the
+    gradient is the sum of grad and other."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     columns = tl.arange(0, BLOCK)
@@ -31,6 +32,8 @@ def norm_backward_kernel(
         mask = there[:, None] & inside[None, :]
         place = rows.to(tl.int64)[:, None] * D + columns[None, :]
         g = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
+        if TWO:
+            g += tl.load(other + place, mask=mask, other=0.0).to(tl.float32)
         normal = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
         beside = tl.load(along + place, mask=mask, other=0.0).to(tl.float32)
         scale = tl.load(rstd + rows, mask=there, other=0.0)[:, None]

@@ -59,23 +59,24 @@ def together(layers: Sequence[Linear], x: Tensor) -> bool:
     )
 
 
-def mlp(layers: Sequence[Linear], x: Tensor) -> Tensor:
+def mlp(layers: Sequence[Linear], x: Tensor, again: Tensor | None = None) -> Tensor:
     """`lowbit_mlp` of layers that `together` allows: x [..., D] -> [..., D]."""
     parts: list[Tensor | None] = []
     for layer in layers:
         history = layer.history
         looks_back = (None, None) if history is None else (history.looks_back, history.maxima)
         parts += [layer.weight, layer.bias, *(layer.held or ()), *looks_back]
-    return lowbit_mlp(x, layers[0].recipe, _known(layers[0]), *parts)
+    return lowbit_mlp(x, x if again is None else again, layers[0].recipe, _known(layers[0]), *parts)
 
 
-def lowbit_mlp(x: Tensor, recipe: str, known: bool, *parts: Tensor | None) -> Tensor:
+def lowbit_mlp(x: Tensor, again: Tensor, recipe: str, known: bool, *parts: Tensor | None) -> Tensor:
     """down(gelu(up(x))) of two `Part`s, up and down, or down(silu(gate(x)) * up(x)) of three, gate, up and down, one after
-    the other: x [..., D] -> [..., D] in the dtype of the weights. recipe: canonical text of a `Recipe` that `chains`.
-    known: as `lowbit_linear` takes it."""
+    the other: x [..., D] -> [..., D] in the dtype of the weights. again: x once more; it has the gradient of x by way of up
+    where there is a gate. recipe: canonical text of a `Recipe` that `chains`. known: as `lowbit_linear` takes it."""
     weight = parts[0]
     assert weight is not None
-    return _LowBitMLP.apply(x.to(weight.dtype), recipe, known, *parts)  # type: ignore[no-any-return, no-untyped-call]
+    inputs = (x.to(weight.dtype), again.to(weight.dtype), recipe, known, *parts)
+    return _LowBitMLP.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _known(layer: Linear) -> bool:
@@ -88,7 +89,7 @@ def _split(flat: Sequence[Any]) -> list[Part]:
 
 class _LowBitMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, text: str, known: bool, *flat: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, _again: Tensor, text: str, known: bool, *flat: Tensor | None) -> Tensor:
         parts, output = _split(flat), recipe_of(text).output
         assert output is not None
         down, draws = parts[-1], [Draw(None, part.scales, part.maxima, known) for part in parts]
@@ -141,16 +142,15 @@ class _LowBitMLP(torch.autograd.Function):
                 for draw, (value, amax) in zip(draws[:-1], activate(name, *inputs), strict=True)
             ]
         grads[-_SIZE] = _grad_weight(rows, h_codes, h_scale, recipe, ctx.dtype)
-        grad_x = None
+        grads_x: list[Tensor | None] = [None, None]
         for i, (matrix, transpose, found) in enumerate(made):
             grads[_SIZE * i] = _grad_weight(transpose, x_codes, x_scale, recipe, ctx.dtype)
             if found is not None and biased[i]:
                 grads[_SIZE * i + 1] = found.to(ctx.biases[i])
-            if ctx.needs_input_grad[0]:
+            if ctx.needs_input_grad[i]:
                 codes, scale = weights[i][:2]
-                part = multiply(matrix, codes, scale, recipe.grad_input, ctx.dtype)
-                grad_x = part if grad_x is None else grad_x + part
-        return None if grad_x is None else grad_x.view(ctx.shape), None, None, *grads
+                grads_x[i] = multiply(matrix, codes, scale, recipe.grad_input, ctx.dtype).view(ctx.shape)
+        return *grads_x, None, None, *grads
 
 
 def _grad_weight(rows: Quantized, codes: Tensor, scale: Tensor, recipe: Recipe, dtype: torch.dtype) -> Tensor:

@@ -42,32 +42,41 @@ class RMSNorm(nn.RMSNorm):
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centered: bool
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        x: Tensor,
+        branch: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        centered: bool,
+        twice: bool,
+    ) -> tuple[Tensor, ...]:
         total = x + branch
         mean, rstd = statistics(total, eps, centered)
         normal = (widen(total) if mean is None else widen(total) - mean) * rstd * widen(weight)
         ctx.save_for_backward(total, weight, mean, rstd)
         ctx.biased = bias is not None
-        return total, (normal if bias is None else normal + widen(bias)).to(total.dtype)
+        y = (normal if bias is None else normal + widen(bias)).to(total.dtype)
+        return (total, y, y.view_as(y)) if twice else (total, y)
 
     @staticmethod
-    def backward(ctx: Any, along: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, along: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         total, weight, mean, rstd = ctx.saved_tensors
-        grad_total, by_weight, by_bias = norm_backward(grad, along, total, weight, mean, rstd)
-        return grad_total, grad_total, by_weight, by_bias if ctx.biased else None, None, None
+        grad_total, by_weight, by_bias = norm_backward(grads, along, total, weight, mean, rstd)
+        return grad_total, grad_total, by_weight, by_bias if ctx.biased else None, None, None, None
 
 
 def add_norm(
-    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centered: bool
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centered: bool, twice: bool
+) -> tuple[Tensor, ...]:
     """x + branch, and the layer norm of that, or the root-mean-square norm where it is not centered: for a compiler, which
-    makes the forward pass one kernel and calls kernels/norm.py for the backward pass."""
-    return _AddNorm.apply(x, branch, weight, bias, eps, centered)  # type: ignore[no-any-return, no-untyped-call]
+    makes the forward pass one kernel and calls kernels/norm.py for the backward pass. twice: the norm for each of two who
+    read it, so that their gradients are added up where they are read."""
+    return _AddNorm.apply(x, branch, weight, bias, eps, centered, twice)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def joined(norm: LayerNorm | RMSNorm, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-    """x + branch, and the norm of that."""
+def joined(norm: LayerNorm | RMSNorm, x: Tensor, branch: Tensor, twice: bool = False) -> tuple[Tensor, ...]:
+    """x + branch, and the norm of that, twice for two who read it."""
     together = (
         torch.compiler.is_compiling()
         and isinstance(norm, LayerNorm | RMSNorm)  # a norm may have been replaced by another
@@ -78,5 +87,6 @@ def joined(norm: LayerNorm | RMSNorm, x: Tensor, branch: Tensor) -> tuple[Tensor
     )
     if not together or norm.eps is None:
         total = x + branch
-        return total, norm(total)
-    return add_norm(x, branch, norm.weight, getattr(norm, "bias", None), norm.eps, isinstance(norm, LayerNorm))
+        y = norm(total)
+        return (total, y, y) if twice else (total, y)
+    return add_norm(x, branch, norm.weight, getattr(norm, "bias", None), norm.eps, isinstance(norm, LayerNorm), twice)

@@ -164,16 +164,17 @@ class MLP(nn.Module):
         self.gate = Linear(config.n_embd, config.ff, bias=config.bias) if config.activation == "swiglu" else None
         self.down = Linear(config.ff, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., D]."""
+    def forward(self, x: Tensor, again: Tensor | None = None) -> Tensor:
+        """x [..., D] -> [..., D]. again: x for who reads it second, where the gradients of the two are wanted apart."""
         layers = (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
+        again = x if again is None else again
         if together(layers, x):
-            return mlp(layers, x)
+            return mlp(layers, x, again)
         if self.gate is None:
             up = self.up(x)
             twin = fused(up)
             return self.down(gelu(up) if twin is None else twin.gelu(up))  # type: ignore[no-any-return]
-        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(again))  # type: ignore[no-any-return]
 
 
 def _norm(config: ModelConfig) -> LayerNorm | RMSNorm:
@@ -208,13 +209,15 @@ class Block(nn.Module):
         self, x: Tensor, branch: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """`opened` of x + branch."""
-        return self._branches(*joined(self.norm1, x, branch), rotary, mask)
+        x, normal = joined(self.norm1, x, branch)
+        return self._branches(x, normal, rotary, mask)
 
     def _branches(
         self, x: Tensor, normal: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        x, normal = joined(self.norm2, x, self._drop(self.attention(normal, rotary, mask)))
-        return x, self._drop(self.mlp(normal))
+        branch = self._drop(self.attention(normal, rotary, mask))
+        x, *normals = joined(self.norm2, x, branch, twice=self.mlp.gate is not None)
+        return x, self._drop(self.mlp(*normals))
 
     def _drop(self, x: Tensor) -> Tensor:
         return nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x

@@ -6,6 +6,9 @@ backward is written here. Only the 16-bit input and one or two fp32 numbers a ro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -78,11 +81,11 @@ def statistics(x: Tensor, eps: float, centered: bool) -> tuple[Tensor | None, Te
 
 
 def norm_backward(
-    grad: Tensor, along: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor
+    grads: Sequence[Tensor], along: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of a norm of x [..., D] by x, with `along`, what else arrives at x, added before it is rounded; by weight
-    [D] and, where there is a mean, by bias. mean, rstd: `statistics` of x."""
-    wide, normal = widen(grad), (widen(x) if mean is None else widen(x) - mean) * rstd
+    [D] and, where there is a mean, by bias. grads: what arrives at the norm, in summands. mean, rstd: `statistics` of x."""
+    wide, normal = reduce(add, map(widen, grads)), (widen(x) if mean is None else widen(x) - mean) * rstd
     scaled = wide * widen(weight)
     back = scaled - normal * (scaled * normal).mean(-1, keepdim=True)
     if mean is not None:

@@ -31,12 +31,14 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("centered", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_gradients_are_those_of_the_definition(centered, dtype):
+@pytest.mark.parametrize("count", [1, 2])
+def test_gradients_are_those_of_the_definition(centered, dtype, count):
     for shape in SHAPES:
         grad, along, x, weight = inputs(shape, dtype)
         mean, rstd = definition.statistics(x, 1e-5, centered)
-        found = kernel.norm_backward(grad, along, x, weight, mean, rstd)
-        wanted = definition.norm_backward(grad, along, x, weight, mean, rstd)
+        grads = [grad, along][:count]
+        found = kernel.norm_backward(grads, along, x, weight, mean, rstd)
+        wanted = definition.norm_backward(grads, along, x, weight, mean, rstd)
         assert (found[2] is None) == (wanted[2] is None) == (not centered)
         # fp32 sums of a row or of at most 14 rows in another order; bf16 the interpreter cuts instead of rounding
         unit = {torch.float32: 2.0**-20, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[dtype]
@@ -54,26 +56,31 @@ def test_the_definition_is_the_gradient_of_autograd(centered):
     mean, rstd = definition.statistics(x, 1e-5, centered)
     y = (x if mean is None else x - mean) * rstd * weight
     wanted = torch.autograd.grad([y, x * 1.0], [x, weight], [grad, along])
-    found = definition.norm_backward(grad, along, x.detach(), weight.detach(), mean, rstd.detach())
+    halves = [grad * 0.25, grad * 0.75]
+    found = definition.norm_backward(halves, along, x.detach(), weight.detach(), mean, rstd.detach())
     for one, other in zip(found[:2], wanted, strict=True):
         torch.testing.assert_close(one, other)
-    assert found[2] is None or torch.equal(found[2], grad.flatten(0, -2).sum(0))
+    if found[2] is not None:
+        torch.testing.assert_close(found[2], grad.flatten(0, -2).sum(0))
 
 
 @pytest.mark.parametrize("norm", [LayerNorm(64), LayerNorm(64, bias=False), RMSNorm(64, eps=1e-6)], ids=str)
-def test_a_sum_and_its_norm_as_one_are_the_two(norm):
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_sum_and_its_norm_as_one_are_the_two(norm, twice):
     torch.nn.init.normal_(norm.weight)
     found = []
     for together in (True, False):
         x, branch = (tensor.requires_grad_() for tensor in inputs((2, 7, 64), torch.float32)[:2])
         if together:
             bias = getattr(norm, "bias", None)
-            total, y = add_norm(x, branch, norm.weight, bias, norm.eps, isinstance(norm, LayerNorm))
+            total, y, *z = add_norm(x, branch, norm.weight, bias, norm.eps, isinstance(norm, LayerNorm), twice)
         else:
             total = x + branch
             y = norm(total)
+            z = [y] if twice else []
+        loss = total.sin() + y.cos() + sum(z, torch.zeros(())).exp()
         parameters = [x, branch, *norm.parameters()]
-        found.append((total, y, *torch.autograd.grad((total.sin() + y.cos()).sum(), parameters)))
+        found.append((total, y, *torch.autograd.grad(loss.sum(), parameters)))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=2.0**-18, atol=2.0**-16)
 

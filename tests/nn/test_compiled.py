@@ -9,8 +9,12 @@ import torch
 
 import fewbits
 from fewbits import ModelConfig, Transformer
+from fewbits.choice import Choice
+from fewbits.kernels import dispatch
+from fewbits.nn import norm
 from fewbits.nn.candidates import BF16, Shape
 from fewbits.nn.timing import LEAST_ROUNDS, LayerTimer
+from fewbits.numerics.norm import norm_backward as norm_definition
 from fewbits.precision.recipe import RECIPES
 
 GPT = ModelConfig(vocab_size=61, context=16, n_layer=1, n_head=2, n_embd=16)
@@ -34,6 +38,30 @@ def test_compiled_gradients_are_the_eager_ones(config, precision, bound):
         gradients.append({name: p.grad.double() for name, p in model.named_parameters()})
     for name, eager in gradients[0].items():
         assert float((gradients[1][name] - eager).norm()) < bound * float(eager.norm()), name
+
+
+@pytest.mark.parametrize("config", [GPT, LLAMA], ids=["gpt", "llama"])
+def test_a_compiler_takes_norms_whose_gradients_are_made_by_one_call(config, monkeypatch):
+    """By the definition of that call here, of sums that wait and of norms that two layers read."""
+    called = []
+    monkeypatch.setitem(dispatch._choices, ("gradients of norms", "cpu"), Choice("kernel", "a test"))
+    monkeypatch.setattr(
+        norm, "norm_backward", lambda grads, *rest: (called.append(len(grads)), norm_definition(grads, *rest))[1]
+    )
+    ids = torch.randint(61, (4, 17), generator=torch.Generator().manual_seed(0))
+    micro_batch = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+    gradients = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = Transformer(dataclasses.replace(config, n_layer=2))
+        if compiled:
+            model.compile_blocks()
+        assert not called
+        (model.loss_sum(micro_batch) / 64).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert sorted(set(called)) == ([1, 2] if config.activation == "swiglu" else [1])
+    for name, eager in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], eager, rtol=2.0**-12, atol=2.0**-16, msg=name)
 
 
 @pytest.mark.parametrize("config", [GPT, LLAMA], ids=["gpt", "llama"])

@@ -51,7 +51,7 @@ class Layered(torch.autograd.Function):
         return tuple(value for value, _ in found)
 
 
-def layered(layers, x):
+def layered(layers, x, _again=None):
     *first, down = layers
     return down(Layered.apply(*(layer(x) for layer in first)))
 
