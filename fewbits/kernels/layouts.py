@@ -31,6 +31,7 @@ BOTH_TILE = (128, 64, 4)
 """Rows, columns and warps of a program of `encode_both`: the fastest of bench/layouts.py on an H200, with and without the
 largest magnitude."""
 _MOST = 3  # matrices side by side that a kernel reads
+_LONGEST = 1 << 24  # of a side: places within a tile are 32 bits
 _ALIGNED = 256  # bytes between the codes of two weights: a compiled graph copies inputs whose address is odd to it
 SCALE_STRIDE = 4  # numbers from one scale to the next, for the same reason: 16 bytes
 
@@ -39,6 +40,8 @@ def why_not(x: Tensor, format: Format, granularity: Granularity, rounding: str, 
     """What keeps these kernels from a matrix, or "": fp8 under one power of two, rounded to nearest even."""
     if format.kind != "float" or carrier(format) != format.dtype or format.bits != 8:
         return f"{format} is not fp8"
+    if max(x.shape, default=0) > _LONGEST:
+        return f"a side of {max(x.shape):,}; up to {_LONGEST:,} fit"
     if granularity != Granularity() or scales not in POWERS or rounding != "nearest-even":
         return f"{scales} scales by {granularity}, rounded {rounding}; one power of two, rounded to nearest even fits"
     return why_no_codes(x, format, rounding)

@@ -212,6 +212,7 @@ def test_what_does_not_fit_is_named():
         (x, e4m3, tensor, "stochastic", "power-of-two"),
         (x, e4m3, tensor, "nearest-even", "exact"),
         (x[:0], e4m3, tensor, "nearest-even", "power-of-two"),
+        (torch.empty(1, 2**24 + 1, device="meta"), e4m3, tensor, "nearest-even", "power-of-two"),
     ):
         assert layouts.why_not(*arguments)
 
