@@ -79,7 +79,9 @@ def joined(norm: LayerNorm | RMSNorm, x: Tensor, branch: Tensor, twice: bool = F
     """x + branch, and the norm of that, twice for two who read it."""
     together = (
         torch.compiler.is_compiling()
-        and isinstance(norm, LayerNorm | RMSNorm)  # a norm may have been replaced by another
+        and type(norm) in (LayerNorm, RMSNorm)  # a norm may have been replaced by another
+        and norm.weight is not None
+        and len(norm.normalized_shape) == 1
         and norm_execution(x.device).value == "kernel"
         and x.dtype == branch.dtype == norm.weight.dtype
         and unheard(norm)

@@ -216,7 +216,9 @@ class Block(nn.Module):
         self, x: Tensor, normal: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         branch = self._drop(self.attention(normal, rotary, mask))
-        x, *normals = joined(self.norm2, x, branch, twice=self.mlp.gate is not None)
+        # a layer may have been replaced, and who listens to it hears one input and the whole of its gradient
+        twice = type(self.mlp) is MLP and self.mlp.gate is not None and unheard(self.mlp)
+        x, *normals = joined(self.norm2, x, branch, twice)
         return x, self._drop(self.mlp(*normals))
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -324,9 +326,9 @@ class Transformer(nn.Module):
         """Compiles what is trained, and the softmax of the loss head; evaluation gets a callable of its own.
 
         The block is compiled once for all layers, and makes the last sum of the one before it, for which its norm needs no
-        kernel more (unless somebody listens to a block). On a GPU, few layers in the working format are compiled as one graph,
-        where residual sums join the norms of the next block: 61.5 to 59.9 ms a step at gpt2-124m on an H200, for 21 s of
-        compiling instead of 9.
+        kernel more (unless somebody listens to a block, or has put another in its place). On a GPU, few layers in the working
+        format are compiled as one graph, where residual sums join the norms of the next block: 61.5 to 59.9 ms a step at
+        gpt2-124m on an H200, for 21 s of compiling instead of 9.
         """
         for weight in {p.dtype: p for p in self.parameters() if p.dtype in FORMAT_OF}.values():
             emulated(FORMAT_OF[weight.dtype], weight.device.type)  # asked for now: a compiler cannot
@@ -364,9 +366,11 @@ class Transformer(nn.Module):
             x = nn.functional.dropout(x, self.config.dropout, self.training)
         rotary = self._rotary(T, positions)
         mask = None if documents is None else document_mask(documents)
-        if self.training and self._run_stack is not None:
+        # who listens to a block hears its sum, and a block that was put in place of one of ours makes it itself
+        joining = self.training and all(type(block) is Block and unheard(block) for block in self.blocks)
+        if joining and self._run_stack is not None:
             return self._run_stack(self.blocks, self.norm, x, rotary, mask)
-        if self.training and self._run_joining is not None and all(map(unheard, self.blocks)):
+        if joining and self._run_joining is not None:
             x, branch = _WithNothing.apply(x)  # type: ignore[no-untyped-call]
             for number, block in enumerate(self.blocks):
                 with span(BLOCK, number):

@@ -11,7 +11,7 @@ import fewbits
 from fewbits import ModelConfig, Transformer
 from fewbits.choice import Choice
 from fewbits.kernels import dispatch
-from fewbits.nn import norm
+from fewbits.nn import norm, transformer
 from fewbits.nn.candidates import BF16, Shape
 from fewbits.nn.timing import LEAST_ROUNDS, LayerTimer
 from fewbits.numerics.norm import norm_backward as norm_definition
@@ -65,25 +65,72 @@ def test_a_compiler_takes_norms_whose_gradients_are_made_by_one_call(config, mon
 
 
 @pytest.mark.parametrize("config", [GPT, LLAMA], ids=["gpt", "llama"])
-def test_sums_that_wait_for_the_next_block_are_the_same_sums(config, monkeypatch):
-    """Bit for bit in eager code, and not at all where somebody listens to a block."""
+@pytest.mark.parametrize("whole", [False, True], ids=["blocks", "stack"])
+def test_sums_that_wait_for_the_next_block_are_the_same_sums(config, whole, monkeypatch):
+    """Bit for bit in eager code, and not at all where somebody listens to a block or has put another in its place."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     ids = torch.randint(61, (4, 17), generator=torch.Generator().manual_seed(0))
     micro_batch = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
     found, heard = [], []
-    for how in ("block by block", "joining", "heard"):
+    for how in ("block by block", "joining", "heard", "replaced"):
         model = Transformer(dataclasses.replace(config, n_layer=3))
         model.compile_blocks()
+        if whole:
+            model._run_stack = transformer._train_stack
         if how == "block by block":
-            model._run_joining = None
+            model._run_joining = model._run_stack = None
         if how == "heard":
             model.blocks[1].register_forward_hook(lambda *given: heard.append(given[2].shape))
+        if how == "replaced":
+            model.blocks[1] = Wrapped(model.blocks[1])
         loss = model.loss_sum(micro_batch)
         (loss / 64).backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters())])
     assert heard == [(4, 16, 16)]
     for one, *others in zip(*found, strict=True):
         assert all(torch.equal(one, other) for other in others)
+
+
+class Wrapped(torch.nn.Module):
+    """Somebody's module in place of one of ours: it has none of its attributes."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *inputs):
+        return self.inner(*inputs)
+
+
+class Doubled(norm.RMSNorm):
+    """A norm with a forward pass of its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("replaced", ["mlp", "weightless", "subclass"])
+def test_a_compiler_takes_what_was_put_in_place_of_layers_as_it_is(replaced, monkeypatch):
+    monkeypatch.setitem(dispatch._choices, ("gradients of norms", "cpu"), Choice("kernel", "a test"))
+    monkeypatch.setattr(norm, "norm_backward", norm_definition)
+    torch._dynamo.reset()
+    block = Transformer(LLAMA).blocks[0]
+    if replaced == "mlp":
+        block.mlp = Wrapped(block.mlp)
+    else:
+        block.norm2 = norm.RMSNorm(16, 1e-5, False) if replaced == "weightless" else Doubled(16, 1e-5)
+    x, branch = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    wanted = block.join(x, branch, None, None)
+    found = torch.compile(type(block).join, backend="aot_eager", fullgraph=True)(block, x, branch, None, None)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=2.0**-16, atol=2.0**-16)
+
+
+def test_who_listens_to_a_layer_hears_one_input_and_the_whole_of_its_gradient():
+    block, heard = Transformer(LLAMA).blocks[0], []
+    block.mlp.register_full_backward_hook(lambda _module, grads, _outputs: heard.append([g.shape for g in grads]))
+    block(torch.randn(4, 16, 16, requires_grad=True), None, None).sum().backward()
+    assert heard == [[(4, 16, 16)]]
 
 
 def test_a_layer_is_timed_compiled_where_the_run_will_be():
