@@ -42,6 +42,7 @@ def fp8_gradients(
         given = pad(hidden_ND, (0, 0, 0, missing)), weight_VD, pad(labels_N, (0, missing), value=IGNORE), factor
         losses_N, grad_hidden_ND, grad_weight_VD = fp8_gradients(*given, logits=logits, kernel=kernel)
         return losses_N[:-missing], grad_hidden_ND[:-missing], grad_weight_VD
+    hidden_ND, weight_VD = hidden_ND.contiguous(), weight_VD.contiguous()  # as kernels read their rows
     output, grad_input, grad_weight = RECIPES["fp8"].matmuls
     assert output is not None and grad_input is not None and grad_weight is not None
     N, V, wide = labels_N.shape[0], weight_VD.shape[0], wide_dtype(hidden_ND.dtype)

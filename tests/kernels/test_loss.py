@@ -12,6 +12,8 @@ triton = pytest.importorskip("triton")
 from fewbits.errors import FewbitsError
 from fewbits.formats import Format
 from fewbits.kernels import loss as kernel
+from fewbits.kernels import loss_triton
+from fewbits.kernels.head import fp8_gradients
 from fewbits.numerics import loss as definition
 from fewbits.numerics.loss import gradient_factor, linear_cross_entropy
 
@@ -204,10 +206,12 @@ def test_targets_are_taken_from_the_gradient_of_hidden_states_in_one_rounding(dt
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_targets_are_taken_from_the_gradient_of_the_weight_row_by_row(deterministic):
+def test_targets_are_taken_from_the_gradient_of_the_weight_row_by_row(deterministic, monkeypatch):
     hidden, _, labels, apart = targets()
     wide = torch.randn(16, 1100, generator=torch.Generator().manual_seed(1)) * 2.0**-9
     found, wanted = wide.clone(), wide.double()
+    if deterministic:  # its additions come in any order
+        monkeypatch.setattr(loss_triton, "weight_less_targets_kernel", None)
     torch.use_deterministic_algorithms(deterministic)
     try:
         kernel.weight_less_targets_(found, hidden, labels, apart)
@@ -217,6 +221,19 @@ def test_targets_are_taken_from_the_gradient_of_the_weight_row_by_row(determinis
     # 37 additions at most to numbers of 2^-9 times 5, each off by 2^-24 of the sum
     assert float((found - wanted).abs().max()) < 37 * 2.0**-24 * 40 * 2.0**-9
     assert torch.equal(found[11:], wide[11:])
+
+
+@pytest.mark.parametrize("turned", ["", "hidden", "weight"])
+def test_gradients_of_an_fp8_head_are_those_of_the_definition_wherever_its_operands_lie(turned):
+    hidden, weight, labels, _ = targets(32, 64, 48)
+    given = hidden.half(), weight.half(), labels, torch.tensor(2.0**-5)
+    wanted = fp8_gradients(*given, logits=torch.float16, kernel=False)
+    place = {"": slice(0), "hidden": slice(0, 1), "weight": slice(1, 2)}[turned]
+    moved = list(given)
+    moved[place] = [x.t().contiguous().t() for x in given[place]]  # column by column
+    found = fp8_gradients(*moved, logits=torch.float16, kernel=True)
+    for one, other in zip(found, wanted, strict=True):
+        assert float((one.float() - other.float()).norm()) < 2.0**-8 * float(other.float().norm())
 
 
 def test_losses_alone_are_the_same():
