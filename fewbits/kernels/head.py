@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fewbits.kernels import loss as twin
-from fewbits.kernels.dispatch import largest, quantize_both, turned
+from fewbits.kernels.dispatch import in_layouts, largest, quantize_both, turned
 from fewbits.kernels.loss import padded, with_padding
 from fewbits.kernels.matmul import scaled_matmul
 from fewbits.numerics import loss as definition
@@ -78,5 +78,7 @@ def fp8_gradients(
 
 
 def _both(x: Tensor, operand: Operand) -> Both:
-    amax = largest([x], operand.granularity)  # known to it, the kernel of `encode_both` makes the codes
-    return quantize_both([x], operand.format, operand.granularity, operand.rounding, 0, operand.scaling, amax=amax)
+    how = (operand.format, operand.granularity, operand.rounding)
+    # told the largest magnitude, the kernel of `encode_both` makes the codes; elsewhere `quantize_both` finds it itself
+    amax = largest([x], operand.granularity) if in_layouts([x], *how, operand.scaling) else None
+    return quantize_both([x], *how, 0, operand.scaling, amax=amax)
