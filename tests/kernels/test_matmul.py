@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fewbits.formats import Format
 from fewbits.kernels import dispatch
-from fewbits.kernels.matmul import _native_int8, block_scales, native_kind, scaled_matmul, scaled_mm_blocks
+from fewbits.kernels.matmul import _native_int8, _rows, block_scales, native_kind, scaled_matmul, scaled_mm_blocks
 from fewbits.numerics.quantize import quantize
 from fewbits.precision.hardware import Hardware, native_granularities
 from fewbits.precision.recipe import Recipe
@@ -101,3 +101,13 @@ def test_what_quantizes_does_not_show():
 
     ours = dispatch.quantize(x, fmt, Granularity(1, 0), "nearest-even", 0, "power-of-two")
     assert torch.equal(ours.codes.view(torch.uint8), quantize(x, fmt, "row").codes.view(torch.uint8))
+
+
+def test_codes_are_copied_only_where_their_rows_do_not_lie_as_a_matmul_wants_them():
+    codes = torch.arange(64 * 96, dtype=torch.int32).to(torch.uint8).view(64, 96)
+    for fits in (codes, codes[:, :32], codes[:, 16:48], codes[3:40], codes[:1]):
+        assert _rows(fits) is fits
+    odd = torch.arange(8 * 40, dtype=torch.int32).to(torch.uint8).view(8, 40)
+    for not_fit in (codes[:, 8:40], codes[::2, ::2], codes.t(), odd[:, :32], codes[:1].expand(4, -1)):
+        rows = _rows(not_fit)
+        assert rows.is_contiguous() and rows.storage_offset() == 0 and torch.equal(rows, not_fit)
