@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
 triton = pytest.importorskip("triton")
 
 from fewbits.kernels import norm as kernel
+from fewbits.kernels import norm_triton
 from fewbits.nn.norm import LayerNorm, RMSNorm, add_norm
 from fewbits.numerics import norm as definition
 
@@ -46,6 +47,13 @@ def test_gradients_are_those_of_the_definition(centered, dtype, count):
             if one is not None and other is not None:
                 assert one.dtype == dtype and one.shape == other.shape
                 torch.testing.assert_close(one, other, rtol=unit, atol=2.0**-18)
+
+
+def test_totals_are_those_of_any_number_of_programs():
+    """More than a kernel reads at once: a GPU has hundreds, an interpreter two."""
+    parts, totals = torch.randn(2, 130, 40, generator=torch.Generator().manual_seed(0)), torch.empty(2, 40)
+    norm_triton.totals_kernel[(2, 2)](parts, totals, P=130, D=40, ROWS=64, BLOCK=32)
+    torch.testing.assert_close(totals, parts.sum(1))
 
 
 @pytest.mark.parametrize("centered", [True, False])

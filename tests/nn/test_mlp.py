@@ -18,7 +18,7 @@ from fewbits.kernels import dispatch
 from fewbits.kernels.activation import activate
 from fewbits.nn import lowbit, mlp, transformer
 from fewbits.nn.lowbit import chains, held_weights
-from fewbits.nn.scale_history import GRADIENT, scale_history
+from fewbits.nn.scale_history import ACTIVATION, GRADIENT, scale_history
 from fewbits.numerics import activation
 from fewbits.precision.recipe import RECIPES
 
@@ -130,6 +130,25 @@ def test_a_gradient_under_a_known_scale_is_read_once_for_codes_and_maximum(kerne
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one.float(), other.float(), rtol=0, atol=0, equal_nan=True)
     assert bool(found[0][2].isnan()) == (value is not None)
+
+
+@pytest.mark.parametrize("name", ["gelu", "swiglu"])
+def test_codes_of_values_that_were_never_written_do_not_hide_an_infinity(name, kernels):
+    """Saturated codes look sound: what says that they are not is their scale, and the maxima that later steps look back on."""
+    recipe, count = RECIPES["fp8-delayed"], {"gelu": 1, "swiglu": 2}[name]
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(48, 80, generator=generator).to(torch.bfloat16) for _ in range(count)]
+    grad = torch.randn(48, 80, generator=generator).to(torch.bfloat16)
+    draws = [lowbit.Draw(None, torch.full((3,), 2.0**-6), torch.zeros(3), True) for _ in range(count + 1)]
+    for value in (0.5, float("inf")):
+        inputs[0][40, 70] = grad[41, 71] = value
+        hidden = lowbit.coded(name, inputs, recipe.output.left, draws[-1])
+        operands = recipe.output.left, draws[-1], recipe.grad_input.left, draws[:-1]
+        _, made = lowbit.coded_backward(f"{name}_backward", [grad, *inputs], *operands, False)
+        scales = [hidden.scale, *(q.scale for both in made for q in (both.matrix, both.transpose))]
+        maxima = [draws[-1].maxima[ACTIVATION], *(draw.maxima[GRADIENT] for draw in draws[:-1])]
+        assert all(bool(scale.isnan()) == (value == float("inf")) for scale in scales)
+        assert all(bool(most.isfinite()) == (value == 0.5) and most != 0 for most in maxima)
 
 
 def test_only_what_nobody_listens_to_in_a_training_step_is_one_node(kernels):
