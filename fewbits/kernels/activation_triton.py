@@ -78,22 +78,23 @@ def activate_backward_kernel(
     program = tl.program_id(0)
     r0 = (program // tiles_c).to(tl.int64) * BM
     c0 = (program % tiles_c) * BN
-    h0, p0, p1 = _results(grad, x, up, 0, r0, c0, R, C, GATED, BM, BN, WHOLE, NATIVE)
-    h1, q0, q1 = _results(grad, x, up, 1, r0, c0, R, C, GATED, BM, BN, WHOLE, NATIVE)
-    h2, r0_, r1 = _results(grad, x, up, 2, r0, c0, R, C, GATED, BM, BN, WHOLE, NATIVE)
-    h3, s0, s1 = _results(grad, x, up, 3, r0, c0, R, C, GATED, BM, BN, WHOLE, NATIVE)
-    inv_scale = _inverse_power(tl.load(hidden_scale))
-    word = _word(h0, h1, h2, h3, inv_scale, hidden_mantissa, hidden_lowest, hidden_limit, NATIVE)
+    p, p_one, p_two = _results(grad, x, up, 0, r0, c0, R, C, GATED, BM, BN, WHOLE, NATIVE)
+    q, q_one, q_two = _results(grad, x, up, 1, r0, c0, R, C, GATED, BM, BN, WHOLE, NATIVE)
+    r, r_one, r_two = _results(grad, x, up, 2, r0, c0, R, C, GATED, BM, BN, WHOLE, NATIVE)
+    s, s_one, s_two = _results(grad, x, up, 3, r0, c0, R, C, GATED, BM, BN, WHOLE, NATIVE)
+    word = _word(
+        p, q, r, s, _inverse_power(tl.load(hidden_scale)), hidden_mantissa, hidden_lowest, hidden_limit, NATIVE
+    )
     _store_words(word, hidden_t, r0, c0, C, quads, BM, BN, WHOLE)
     place = sums + (program // tiles_c) * C
     _give(
-        p0, q0, r0_, s0, scale, codes, codes_t, place, amax, r0, c0, R, C, quads, mantissa, lowest, limit, SUMS, BM, BN,
-        WHOLE, NATIVE,
+        p_one, q_one, r_one, s_one, scale, codes, codes_t, place, amax, r0, c0, R, C, quads, mantissa, lowest, limit,
+        SUMS, BM, BN, WHOLE, NATIVE,
     )  # fmt: skip
     if GATED:
         _give(
-            p1, q1, r1, s1, scale_2, codes + next_codes, codes_t + next_codes_t, place + next_sums, amax + 1, r0, c0, R, C,
-            quads, mantissa, lowest, limit, SUMS, BM, BN, WHOLE, NATIVE,
+            p_two, q_two, r_two, s_two, scale_2, codes + next_codes, codes_t + next_codes_t, place + next_sums, amax + 1,
+            r0, c0, R, C, quads, mantissa, lowest, limit, SUMS, BM, BN, WHOLE, NATIVE,
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from fewbits.choice import Choice
 from fewbits.formats import Format
 from fewbits.kernels import activation as kernel
 from fewbits.kernels import dispatch
-from fewbits.kernels.layouts import turn
+from fewbits.kernels.layouts import encode_both, turn
 from fewbits.nn.lowbit import held_weights
 from fewbits.nn.scale_history import scales_known
 from fewbits.numerics import activation as definition
@@ -65,6 +65,28 @@ def test_values_maxima_and_codes_are_those_of_the_definition(name):
             assert torch.equal(one.codes_t.view(torch.uint8), codes_t.view(torch.uint8))
             assert torch.equal(one.amax, amax) and one.sums is not None
             assert bool(((one.sums - sums).abs() <= 2.0**-23 * shape[0] * y.float().abs().sum(0)).all())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_not_finite_shows_in_every_largest_magnitude(value):
+    """Every fourth row of a tile is read by itself."""
+    known = kernel.Known(torch.ones(1, 1, device="cuda"), Format.parse("fp8_e4m3"))
+    for row in range(60, 64):
+        for name in kernel.NAMES:
+            given = inputs(name, (256, 128))
+            given[0][row, 80] = value
+            for x in given[1:]:
+                x[row, 80] = 0.5
+            if name.endswith("backward"):
+                found = [
+                    one.amax
+                    for one in kernel.activate_backward(name, known, [known] * kernel.NAMES[name][1], False, *given)[1]
+                ]
+            else:
+                found = [kernel.activate_codes(name, known, *given)[1]]
+            assert not any(bool(amax.isfinite()) for amax in found), (name, row)
+        amax = encode_both([given[0]], known.scale, known.format, maximum=True)[3]
+        assert amax is not None and not bool(amax.isfinite())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (130, 3), (131, 70), (80, 144), (2048, 768), (16384, 2560)])
