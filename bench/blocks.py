@@ -103,6 +103,7 @@ def save(name: str, results: dict[str, Any]) -> Path:
     """Writes bench/results/NAME.json (or $OUT/NAME.json where OUT names a folder) and says where."""
     folder = Path(os.environ.get("OUT") or ROOT / "bench" / "results")
     path = folder / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**header(), **results}, indent=1) + "\n")
     print("wrote", path)
     return path
