@@ -55,19 +55,15 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = widen(x)
-        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        _, rstd = statistics(wide, eps, False)
         ctx.save_for_backward(x, weight, rstd)
         return (wide * rstd * widen(weight)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, rstd = ctx.saved_tensors
-        wide = widen(grad)
-        normal = widen(x) * rstd
-        grad_weight = (wide * normal).flatten(0, -2).sum(0)
-        wide = wide * widen(weight)
-        grad_x = (wide - normal * (wide * normal).mean(-1, keepdim=True)) * rstd
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+        grad_x, grad_weight, _ = norm_backward((grad,), None, x, weight, None, rstd)
+        return grad_x, grad_weight, None
 
 
 def statistics(x: Tensor, eps: float, centered: bool) -> tuple[Tensor | None, Tensor]:
@@ -81,17 +77,19 @@ def statistics(x: Tensor, eps: float, centered: bool) -> tuple[Tensor | None, Te
 
 
 def norm_backward(
-    grads: Sequence[Tensor], along: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor
+    grads: Sequence[Tensor], along: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients of a norm of x [..., D] by x, with `along`, what else arrives at x, added before it is rounded; by weight
-    [D] and, where there is a mean, by bias. grads: what arrives at the norm, in summands. mean, rstd: `statistics` of x."""
+    """The gradients of a norm of x [..., D] by x, with `along`, what else arrives at x if anything does, added before it is
+    rounded; by weight [D] and, where there is a mean, by bias. grads: what arrives at the norm, in summands. mean, rstd:
+    `statistics` of x."""
     wide, normal = reduce(add, map(widen, grads)), (widen(x) if mean is None else widen(x) - mean) * rstd
     scaled = wide * widen(weight)
     back = scaled - normal * (scaled * normal).mean(-1, keepdim=True)
     if mean is not None:
         back = back - scaled.mean(-1, keepdim=True)
-    by_weight, by_bias = (values.flatten(0, -2).sum(0).to(weight.dtype) for values in (wide * normal, wide))
-    return (back * rstd + along).to(x.dtype), by_weight, None if mean is None else by_bias
+    grad_x = back * rstd if along is None else back * rstd + along
+    by_weight = (wide * normal).flatten(0, -2).sum(0).to(weight.dtype)
+    return grad_x.to(x.dtype), by_weight, None if mean is None else wide.flatten(0, -2).sum(0).to(weight.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
