@@ -1,15 +1,10 @@
 """Activations with their largest magnitude, or as fp8 codes, are those of the definition (in Triton's interpreter)."""
 
-# ruff: noqa: E402  the interpreter is chosen before triton is imported
 import math
-import os
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-triton = pytest.importorskip("triton")
+from interpreter import INTERPRETED
 
 from fewbits.formats import Format
 from fewbits.kernels import activation as kernel
@@ -17,10 +12,7 @@ from fewbits.numerics import activation as definition
 from fewbits.numerics import quantize
 from fewbits.numerics.scaling import power_of_two_scale
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() or not triton.knobs.runtime.interpret,
-    reason="tests/gpu has the device's own; or no interpreter",
-)
+pytestmark = INTERPRETED
 
 DEFINED = {
     "gelu": definition.gelu_wide,

@@ -1,17 +1,12 @@
 """fp8 codes in both layouts are those of the definition, bit for bit (in Triton's interpreter)."""
 
-# ruff: noqa: E402  the interpreter is chosen before triton is imported
 import itertools
 import math
-import os
 from collections.abc import Sequence
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-triton = pytest.importorskip("triton")
+from interpreter import INTERPRETED
 
 import fewbits
 from fewbits import AdamW, ModelConfig, Step, Transformer
@@ -23,10 +18,7 @@ from fewbits.nn.scale_history import scale_history
 from fewbits.numerics import quantize as definition
 from fewbits.numerics.scaling import Granularity, power_of_two_scale
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() or not triton.knobs.runtime.interpret,
-    reason="tests/gpu has the device's own; or no interpreter",
-)
+pytestmark = INTERPRETED
 
 FORMATS = ("fp8_e4m3", "fp8_e5m2")
 E4M3 = Format.parse("fp8_e4m3")

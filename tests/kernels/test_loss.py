@@ -1,13 +1,8 @@
 """The Triton twin of the loss head gives what the definition gives (in Triton's interpreter)."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-triton = pytest.importorskip("triton")
+from interpreter import INTERPRETED
 
 from fewbits.errors import FewbitsError
 from fewbits.formats import Format
@@ -17,10 +12,7 @@ from fewbits.kernels.head import fp8_gradients
 from fewbits.numerics import loss as definition
 from fewbits.numerics.loss import gradient_factor, linear_cross_entropy
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() or not triton.knobs.runtime.interpret,
-    reason="tests/gpu has the device's own; or no interpreter",
-)
+pytestmark = INTERPRETED
 
 # Relative error of a gradient: one rounding to its dtype (an ulp, because the interpreter cuts bf16 off), and in fp32 the
 # exponential of a difference of up to 32, whose last bit is 2^-19 after its multiplication by log2(e).

@@ -1,24 +1,15 @@
 """The gradients of a norm by one kernel are those of the definition (in Triton's interpreter), and those of autograd."""
 
-# ruff: noqa: E402  the interpreter is chosen before triton is imported
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-triton = pytest.importorskip("triton")
+from interpreter import INTERPRETED
 
 from fewbits.kernels import norm as kernel
 from fewbits.kernels import norm_triton
 from fewbits.nn.norm import LayerNorm, RMSNorm, add_norm
 from fewbits.numerics import norm as definition
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() or not triton.knobs.runtime.interpret,
-    reason="tests/gpu has the device's own; or no interpreter",
-)
+pytestmark = INTERPRETED
 
 SHAPES = ((1, 1), (3, 5), (9, 130), (2, 7, 64))
 

@@ -2,16 +2,10 @@
 
 import itertools
 import math
-import os
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-triton = pytest.importorskip("triton")
-
-import triton.language as tl
+from interpreter import INTERPRETED, triton
 
 from fewbits.errors import FewbitsError
 from fewbits.formats import Format
@@ -21,10 +15,8 @@ from fewbits.numerics import quantize as definition
 from fewbits.numerics.random import mix_key, random_bits
 from fewbits.numerics.scaling import Granularity, block_amax, scale_of
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() or not triton.knobs.runtime.interpret,
-    reason="tests/gpu has the device's own; or no interpreter",
-)
+pytestmark = INTERPRETED
+tl = triton.language
 
 FORMATS = ("fp8_e4m3", "fp8_e5m2", "int8", "int4", "fp4_e2m1", "fp6_e2m3", "fp6_e3m2")
 GRANULARITIES = ("tensor", "row", "block(1x128)", "block(1x16)", "block(16x16)", "block(3x5)")

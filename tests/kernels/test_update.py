@@ -1,18 +1,13 @@
 """The Triton twin of the update gives the bits of the definition, for many tensors in one launch (in the interpreter)."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from interpreter import INTERPRETED
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-triton = pytest.importorskip("triton")
-
 from update_rows import MASTERS, bf16, bits, copied, fp16, fp32, row_from, spread, stored
 from update_rows import SCALARS as rows_scalars
 from update_rows import table_of as rows_table
@@ -22,10 +17,7 @@ from fewbits.numerics.update import adam_, adamw_, sgd_
 from fewbits.optim import master
 from fewbits.optim.engine import update_flat
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() or not triton.knobs.runtime.interpret,
-    reason="tests/gpu has the device's own; or no interpreter",
-)
+pytestmark = INTERPRETED
 
 CUT = kernel.Cut(block=64, norm_block=32, norm_repeat=4)
 SHAPES = [(3, 64), (130,), (1,), (0,), (), (7, 9)]  # whole chunks, a tail, less than a chunk, nothing at all

@@ -1,15 +1,10 @@
 """A feed-forward layer as one node gives the products, gradients and histories of layer by layer."""
 
-# ruff: noqa: E402  the interpreter is chosen before triton is imported
 import dataclasses
-import os
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-triton = pytest.importorskip("triton")
+from interpreter import INTERPRETED
 
 import fewbits
 from fewbits import AdamW, ModelConfig, Step, Transformer
@@ -22,9 +17,7 @@ from fewbits.nn.scale_history import ACTIVATION, GRADIENT, scale_history
 from fewbits.numerics import activation
 from fewbits.precision.recipe import RECIPES
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() or not triton.knobs.runtime.interpret, reason="tests/gpu has its own; or no interpreter"
-)
+pytestmark = INTERPRETED
 
 GPT = ModelConfig(vocab_size=61, context=16, n_layer=1, n_head=2, n_embd=64)
 LLAMA = dataclasses.replace(GPT, norm="rmsnorm", activation="swiglu", positions="rope", bias=False)

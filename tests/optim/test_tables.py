@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import weakref
 from typing import Any
 
 import pytest
 import torch
+from interpreter import INTERPRETED
 from torch import Tensor, nn
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-triton = pytest.importorskip("triton")
 
 from fewbits.choice import Choice
 from fewbits.kernels.update import Cut
@@ -25,10 +21,7 @@ from fewbits.optim.sgd import SGD
 from fewbits.precision.precision import Precision
 from fewbits.step import Step
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() or not triton.knobs.runtime.interpret,
-    reason="tests/gpu has the device's own; or no interpreter",
-)
+pytestmark = INTERPRETED
 ONE, YES = torch.ones(()), torch.tensor(True)
 SHAPES = [(40, 3), (7,), (0,), (), (65,)]
 
