@@ -2,9 +2,11 @@
 
 Hidden states and weight are e4m3 under a power of two each, from their largest magnitudes; the gradient of the logits is e5m2
 under one that is known before there are logits (`gradient_scale`), so that one kernel reads logits and writes codes. What
-is largest in it, the -1 of a target that is not expected yet, is left out of the codes and taken exactly: a row of the weight,
-and one of the hidden states. The matmuls are those of the recipe fp8 (formats as in Micikevicius et al. 2022, arXiv
-2209.05433): in fp8 where the device has it, elsewhere of the exact values of the codes.
+is largest in it, the entry of the target, is left out of the codes and is minus their sum, so that a row adds up to zero; it
+is multiplied exactly, by the same values of weight and hidden states as the codes are. Both matter more than the error of one
+token, which they hardly change: what all tokens get wrong the same way adds up (bench/head_gradients.py). The matmuls are
+those of the recipe fp8 (formats as in Micikevicius et al. 2022, arXiv 2209.05433): in fp8 where the device has it, elsewhere of
+the exact values of the codes.
 """
 
 from __future__ import annotations
@@ -66,14 +68,14 @@ def fp8_gradients(
         )
         del logits_PV, codes_PV
         product_PD = scaled_matmul(gradient, weight.transpose, grad_input.accumulator, wide)
-        between.hidden_less_targets(product_PD, weight_VD, labels_N[piece], apart_N[piece], grad_hidden_ND[piece])
+        between.hidden_less_targets(product_PD, weight.matrix, labels_N[piece], apart_N[piece], grad_hidden_ND[piece])
         gradient = replace(gradient, codes=turned(gradient.codes))
         product_WD = scaled_matmul(gradient, right, grad_weight.accumulator, wide)
         grad_weight_WD = product_WD if grad_weight_WD is None else grad_weight_WD.add_(product_WD)
         del gradient, product_PD, product_WD
     if grad_weight_WD is None:  # no token at all
         return losses_N, grad_hidden_ND, torch.zeros_like(weight_VD)
-    between.weight_less_targets_(grad_weight_WD, hidden_ND, labels_N, apart_N)
+    between.weight_less_targets_(grad_weight_WD, hidden.matrix, labels_N, apart_N)
     return losses_N, grad_hidden_ND, grad_weight_WD[:V].to(weight_VD.dtype)
 
 

@@ -28,7 +28,7 @@ from fewbits.numerics.loss import IGNORE, Pieces, piece_rows
 from fewbits.numerics.loss import softmax_gradient as definition
 from fewbits.numerics.loss import softmax_losses as losses_definition
 from fewbits.numerics.loss import weight_less_targets_ as add_definition
-from fewbits.numerics.quantize import carrier
+from fewbits.numerics.quantize import Quantized, carrier
 from fewbits.numerics.wide import wide_dtype
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -90,30 +90,35 @@ def softmax_codes(
 
 
 def hidden_less_targets(
-    product_PD: Tensor, weight_VD: Tensor, labels_P: Tensor, apart_P: Tensor, out_PD: Tensor
+    product_PD: Tensor, weight: Quantized, labels_P: Tensor, apart_P: Tensor, out_PD: Tensor
 ) -> None:
-    """`hidden_less_targets` of numerics/loss.py in one pass; product fp32, matrices of whole rows."""
+    """`hidden_less_targets` of numerics/loss.py in one pass; product fp32, matrices of whole rows, codes of fp8."""
     from fewbits.kernels.loss_triton import hidden_less_targets_kernel
 
     if len(product_PD):
         hidden_less_targets_kernel[(len(product_PD),)](
-            product_PD, weight_VD, labels_P.contiguous(), apart_P, out_PD, weight_VD.stride(0), D=product_PD.shape[1],
-            BLOCK=_TARGET, num_warps=4,
+            product_PD, weight.codes.view(torch.uint8), weight.scale, labels_P.contiguous(), apart_P, out_PD,
+            weight.codes.stride(0), **_decoding(weight), D=product_PD.shape[1], BLOCK=_TARGET, num_warps=4,
         )  # fmt: skip
 
 
-def weight_less_targets_(total_VD: Tensor, hidden_ND: Tensor, labels_N: Tensor, apart_N: Tensor) -> None:
+def weight_less_targets_(total_VD: Tensor, hidden: Quantized, labels_N: Tensor, apart_N: Tensor) -> None:
     """`weight_less_targets_` of numerics/loss.py in one pass, total fp32, up to the order of sums: that of the definition
     where algorithms must be deterministic, else whatever comes first."""
     from fewbits.kernels.loss_triton import weight_less_targets_kernel
 
     if torch.are_deterministic_algorithms_enabled():
-        add_definition(total_VD, hidden_ND, labels_N, apart_N)
-    elif len(hidden_ND):
-        weight_less_targets_kernel[(len(hidden_ND),)](
-            total_VD, hidden_ND, labels_N.contiguous(), apart_N, hidden_ND.stride(0), D=hidden_ND.shape[1],
-            BLOCK=_TARGET, num_warps=4,
+        add_definition(total_VD, hidden, labels_N, apart_N)
+    elif len(labels_N):
+        weight_less_targets_kernel[(len(labels_N),)](
+            total_VD, hidden.codes.view(torch.uint8), hidden.scale, labels_N.contiguous(), apart_N,
+            hidden.codes.stride(0), **_decoding(hidden), D=total_VD.shape[1], BLOCK=_TARGET, num_warps=4,
         )  # fmt: skip
+
+
+def _decoding(q: Quantized) -> dict[str, int]:
+    mantissa, lowest, _ = _constants(q.format)
+    return {"mantissa": mantissa, "lowest": lowest}
 
 
 def softmax_losses(logits_NV: Tensor, labels_N: Tensor) -> Tensor:

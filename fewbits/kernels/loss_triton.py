@@ -26,8 +26,8 @@ def softmax_gradient_kernel(
     mantissa: tl.constexpr, lowest: tl.constexpr, limit: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """losses [N] fp32 and, for GRADIENT, gradient [N, V] of factor * sum(losses), which may be the memory of the logits; for
-    CODES its fp8 codes under `scale`, a power of two, in memory of their own: with the probability of the target itself where
-    that is below 1/2, and apart [N] the factor there and 0 elsewhere.
+    CODES its fp8 codes under `scale`, a power of two, in memory of their own, with 0 for the target, and apart [N] what the
+    codes of a row add up to, 0 where the label is no token.
 
     logits [N, V] with columns side by side, rows `stride` apart; labels int64, factor one fp32 number. A row whose label is
     IGNORE is not read: its loss and its gradient are 0. A label outside of 0 .. V - 1 makes the loss NaN. V is compiled in:
@@ -64,25 +64,29 @@ def softmax_gradient_kernel(
         tl.store(losses + row, (largest - target) + tl.log(total_of_row))
         if GRADIENT:
             weight = tl.load(factor)
-            of_target = weight
             if CODES:
-                aside = tl.exp(target - largest) / total_of_row < 0.5
-                tl.store(apart + row, tl.where(aside, weight, 0.0))
                 # the power of two once, not for every element: exact, but for what vanishes in any fp8 format
                 weight = weight * _inverse_power(tl.load(scale))
-                of_target = tl.where(aside, 0.0, weight)
             share = weight / total_of_row
+            of_others = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, whole, BLOCK):
                 x = tl.load(logits + start + columns).to(tl.float32)
-                out = _gradient_of(x - largest, share, start + columns == label, of_target)
+                out = _gradient_of(x - largest, share, start + columns == label, weight, CODES)
                 out = _rounded(out, gradient, CODES, mantissa, lowest, limit, NATIVE)
                 tl.store(gradient + start + columns, out)
+                if CODES:
+                    of_others += _value(out, mantissa, lowest, NATIVE)
             if whole < V:
                 inside = whole + columns < V
                 x = tl.load(logits + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
-                out = _gradient_of(x - largest, share, whole + columns == label, of_target)
+                out = _gradient_of(x - largest, share, whole + columns == label, weight, CODES)
                 out = _rounded(out, gradient, CODES, mantissa, lowest, limit, NATIVE)
                 tl.store(gradient + whole + columns, out, mask=inside)
+                if CODES:
+                    of_others += _value(out, mantissa, lowest, NATIVE)
+            if CODES:
+                all_of_them = tl.sum(of_others, axis=0) * tl.load(scale)
+                tl.store(apart + row, tl.where((label >= 0) & (label < V), all_of_them, 0.0))
 
 
 @jit
@@ -105,40 +109,62 @@ def _add_exponentials(most, total, x):
 
 
 @jit
-def _gradient_of(x, share, is_target, of_target):
-    """softmax * weight less what the target has, with x below the largest logit and share = weight / sum of exponentials."""
-    return tl.exp(x) * share - tl.where(is_target, of_target, 0.0)
+def _gradient_of(x, share, is_target, weight, CODES: tl.constexpr):
+    """softmax * weight less the weight at the target, 0 there for CODES, with x below the largest logit and share = weight /
+    sum of exponentials."""
+    if CODES:
+        return tl.where(is_target, 0.0, tl.exp(x) * share)
+    return tl.exp(x) * share - tl.where(is_target, weight, 0.0)
+
+
+@jit
+def _value(code, mantissa: tl.constexpr, lowest: tl.constexpr, NATIVE: tl.constexpr):
+    """What elements of fp8 are worth, fp32: by the instruction that goes with `_fp8`, else on bits."""
+    if NATIVE:
+        return code.to(tl.float32)
+    return _decoded(code.to(tl.uint8, bitcast=True), mantissa, lowest)
+
+
+@jit
+def _decoded(byte, mantissa: tl.constexpr, lowest: tl.constexpr):
+    """The value of fp8 codes that are numbers: their bits as an fp32 number, whose exponent counts from another power."""
+    byte = byte.to(tl.int32)
+    bits = ((byte & 0x7F) << (23 - mantissa)) | ((byte & 0x80) << 24)
+    return bits.to(tl.float32, bitcast=True) * 2.0 ** (lowest - 1)
 
 
 @jit
 def hidden_less_targets_kernel(
-    product, weight, labels, apart, out, weight_stride, D: tl.constexpr, BLOCK: tl.constexpr
+    product, codes, scale, labels, apart, out, stride, mantissa: tl.constexpr, lowest: tl.constexpr, D: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [P, D] of product [P, D] fp32, a row a program, less apart [P] times the row of the weight that the label names,
-    which is not read where apart is 0."""
+    """out [P, D] of product [P, D] fp32, a row a program, less apart [P] times the row of the weight, fp8 codes under a scale,
+    that the label names, which is not read where apart is 0."""
     row = tl.program_id(0).to(tl.int64)
-    share = tl.load(apart + row)
+    share = tl.load(apart + row) * tl.load(scale)
     label = tl.load(labels + row)
     for start in range(0, D, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < D
         x = tl.load(product + row * D + columns, mask=inside)
         if share != 0.0:
-            x -= share * tl.load(weight + label * weight_stride + columns, mask=inside).to(tl.float32)
+            x -= share * _decoded(tl.load(codes + label * stride + columns, mask=inside, other=0), mantissa, lowest)
         tl.store(out + row * D + columns, x.to(out.dtype.element_ty), mask=inside)
 
 
 @jit
 def weight_less_targets_kernel(
-    total, hidden, labels, apart, hidden_stride, D: tl.constexpr, BLOCK: tl.constexpr
+    total, codes, scale, labels, apart, stride, mantissa: tl.constexpr, lowest: tl.constexpr, D: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Takes apart [N] times hidden [N, D], a row a program, from the row of total [V, D] fp32 that the label names."""
+    """Takes apart [N] times hidden [N, D], fp8 codes under a scale, a row a program, from the row of total [V, D] fp32 that the
+    label names."""
     row = tl.program_id(0).to(tl.int64)
-    share = tl.load(apart + row)
+    share = tl.load(apart + row) * tl.load(scale)
     label = tl.load(labels + row)
     if share != 0.0:
         for start in range(0, D, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             inside = columns < D
-            x = tl.load(hidden + row * hidden_stride + columns, mask=inside, other=0.0).to(tl.float32)
+            x = _decoded(tl.load(codes + row * stride + columns, mask=inside, other=0), mantissa, lowest)
             tl.atomic_add(total + label * D + columns, -share * x, mask=inside, sem="relaxed")

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from fewbits.formats import Format
 from fewbits.numerics.matmul import onednn_bf16, operand
-from fewbits.numerics.quantize import encode
+from fewbits.numerics.quantize import Quantized, encode
 from fewbits.numerics.scaling import Granularity, power_of_two_scale
 from fewbits.numerics.wide import wide_dtype, widen
 
@@ -122,33 +123,36 @@ def gradient_scale(factor: Tensor, format: Format) -> Tensor:
 def softmax_codes(
     logits_NV: Tensor, labels_N: Tensor, factor: Tensor, scale: Tensor, format: Format
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`softmax_gradient` with the gradient as codes under a `gradient_scale`, rounded once from fp32, and what is left out of
-    them: (losses [N], codes [N, V], apart [N]).
+    """`softmax_gradient` with the gradient as codes under a `gradient_scale`, rounded once from fp32, but for the targets:
+    (losses [N], codes [N, V], apart [N]).
 
-    Where the probability p of the target is below 1/2, the codes hold p there, not p - 1, whose rounding would be the largest
-    error of the row: its -1, times the factor, is to be taken apart, exactly. apart is the factor in those rows, else 0.
+    The entries of a row add up to zero, those that are rounded one by one do not: a softmax does not see what they then push
+    all logits by, but the weights do, always the same way. So codes hold the probabilities of the others and 0 for the
+    target, whose entry is to be taken apart: -apart, minus the sum of the row's codes in fp32 or wider, which is the factor
+    times 1 - p of the target as far as the codes of the others say. 0 where there is no target.
     """
     logits_NV = widen(logits_NV)
     real_N, p_NV = labels_N != IGNORE, torch.softmax(logits_NV, 1)
-    index_N1 = torch.where(real_N, labels_N, 0).unsqueeze(1)
-    apart_N = real_N & (p_NV.gather(1, index_N1).squeeze(1) < 0.5)
-    gradient_NV = p_NV.scatter_add(1, index_N1, apart_N.to(p_NV.dtype).unsqueeze(1) - 1)
-    gradient_NV = gradient_NV * torch.where(real_N, factor, 0.0).unsqueeze(1)
-    codes_NV = encode(gradient_NV, scale, format, Granularity(), scales="power-of-two")
-    return softmax_losses(logits_NV, labels_N), codes_NV, torch.where(apart_N, factor, 0.0)
+    others_NV = p_NV.scatter(1, torch.where(real_N, labels_N, 0).unsqueeze(1), 0.0)
+    others_NV = others_NV * torch.where(real_N, factor, 0.0).unsqueeze(1)
+    codes_NV = encode(others_NV, scale, format, Granularity(), scales="power-of-two")
+    apart_N = codes_NV.to(logits_NV.dtype).sum(1) * scale.view(())
+    return softmax_losses(logits_NV, labels_N), codes_NV, apart_N
 
 
 def hidden_less_targets(
-    product_PD: Tensor, weight_VD: Tensor, labels_P: Tensor, apart_P: Tensor, out_PD: Tensor
+    product_PD: Tensor, weight: Quantized, labels_P: Tensor, apart_P: Tensor, out_PD: Tensor
 ) -> None:
-    """What `softmax_codes` leaves out of the gradient of hidden states, taken from the product of its codes: apart times the
-    row of the weight that the label names. Into out, rounded once."""
-    out_PD.copy_(product_PD - apart_P.unsqueeze(1) * weight_VD[labels_P.clamp(min=0)])
+    """What `softmax_codes` leaves out of the gradient of hidden states, taken from the product of its codes with those of the
+    weight [V, D]: apart times the weight's row that the label names. Into out, rounded once."""
+    rows = replace(weight, codes=weight.codes.view(torch.uint8)[labels_P.clamp(min=0)].view(weight.codes.dtype))
+    out_PD.copy_(product_PD - apart_P.unsqueeze(1) * rows.dequantize())
 
 
-def weight_less_targets_(total_VD: Tensor, hidden_ND: Tensor, labels_N: Tensor, apart_N: Tensor) -> None:
-    """The same of the gradient of the weight, in place, in fp32 or wider: apart times the hidden state, in the label's row."""
-    total_VD.index_add_(0, labels_N.clamp(min=0), -apart_N.unsqueeze(1) * hidden_ND)
+def weight_less_targets_(total_VD: Tensor, hidden: Quantized, labels_N: Tensor, apart_N: Tensor) -> None:
+    """The same of the gradient of the weight, in place, in fp32 or wider: apart times the hidden state [N, D], in the label's
+    row."""
+    total_VD.index_add_(0, labels_N.clamp(min=0), -apart_N.unsqueeze(1) * hidden.dequantize(total_VD.dtype))
 
 
 class _Product:
