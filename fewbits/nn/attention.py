@@ -74,6 +74,7 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim, self.dropout = heads, kv_heads, width // heads, dropout
         self.qkv = Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias=bias)
         self.output = Linear(width, width, bias=bias)
+        self.output.written = True  # by the kernel of an attention, which writes nothing but values
         self.query_norm = RMSNorm(self.head_dim, eps=eps) if qk_norm else None
         self.key_norm = RMSNorm(self.head_dim, eps=eps) if qk_norm else None
 

@@ -51,6 +51,8 @@ class Linear(nn.Linear):
     """Whether what makes its operands may hand over more than values within that step (see `chains`)."""
     history: ScaleHistory | None = None
     """What recipes with delayed scaling look back on."""
+    written: bool = False
+    """Whether its input lies in memory in any case, and no compiler makes codes of it in the kernel that makes it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in the dtype of the weight."""
@@ -80,7 +82,8 @@ class Linear(nn.Linear):
         history = self.history if self.held is not None else None
         earlier, maxima = (None, None) if history is None else (history.looks_back, history.maxima)
         known = history is not None and history.known
-        return lowbit_linear(x, self.weight, self.bias, *held, key, earlier, maxima, self.recipe, known, widths)
+        look_back = (earlier, maxima, self.recipe, known)
+        return lowbit_linear(x, self.weight, self.bias, *held, key, *look_back, widths, self.written)
 
     def hold(self) -> HeldWeight:
         """The codes of the weight as it is now."""

@@ -117,18 +117,19 @@ def lowbit_linear(
     recipe: str,
     known: bool = False,
     widths: tuple[int, ...] = (),
+    written: bool = False,
 ) -> Any:
     """x [..., K] times weight [O, K] plus bias [O] by a recipe: [..., O] in the dtype of the weight.
 
     output_codes ... grad_input_scale: a `HeldWeight`; all None makes it here. key: 0-d int64, for recipes that draw random
     numbers. scales, maxima, known: for delayed scaling, what `ScaleHistory` gives and takes. recipe: canonical text of a
     `Recipe`. widths: gives the parts of the last axis that are so wide, views of the one product, instead of the whole; their
-    gradients are quantized where they lie, never put side by side, where a kernel can.
+    gradients are quantized where they lie, never put side by side, where a kernel can. written: as `Draw.both` takes it.
     """
     held = (output_codes, output_scale, grad_input_codes, grad_input_scale)
     if output_codes is None and grad_input_codes is None:
         held = hold(weight, recipe_of(recipe), scales, maxima)
-    inputs = (x.to(weight.dtype), weight, bias, *held, key, scales, maxima, recipe, known, widths)
+    inputs = (x.to(weight.dtype), weight, bias, *held, key, scales, maxima, recipe, known, widths, written)
     return _LowBitLinear.apply(*inputs)  # type: ignore[no-untyped-call]
 
 
@@ -155,13 +156,14 @@ class _LowBitLinear(torch.autograd.Function):
         text: str,
         known: bool,
         widths: tuple[int, ...],
+        written: bool,
     ) -> Tensor | tuple[Tensor, ...]:
         recipe = recipe_of(text)
         draw = Draw(key, scales, maxima, known)
         x_NK = x.reshape(-1, x.shape[-1])
         left = turned = None
         if recipe.output is not None and ctx.needs_input_grad[1] and shared_activation(recipe):
-            left, turned, _ = draw.both([x_NK], recipe.output.left, "output", ACTIVATION)
+            left, turned, _ = draw.both([x_NK], recipe.output.left, "output", ACTIVATION, written=written)
         elif recipe.output is not None:
             left = draw.quantized(x_NK, recipe.output.left, "output", ACTIVATION)
         if left is None or output_codes is None or output_scale is None or recipe.output is None:
@@ -209,7 +211,7 @@ class _LowBitLinear(torch.autograd.Function):
                 grad_weight = multiply(rows, x_codes.t(), x_scale.t(), recipe.grad_weight, ctx.dtype)
         if biased:
             grad_bias = (column_sums(grad_NO) if sums is None else sums).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, *(None,) * 10
+        return grad_x, grad_weight, grad_bias, *(None,) * 11
 
 
 def multiply(
@@ -299,12 +301,15 @@ class Draw(NamedTuple):
         role: int,
         sums: bool = False,
         amax: Tensor | None = None,
+        written: bool = False,
     ) -> Both:
-        """`quantized` with its transpose, for operands that two matmuls share; parts, sums, amax: see `quantize_both`."""
+        """`quantized` with its transpose, for operands that two matmuls share; parts, sums, amax: see `quantize_both`. written:
+        no compiler can make the codes in the kernel that makes the parts, which lie in memory in any case, as gradients do."""
         how = (operand.format, operand.granularity, operand.rounding, self._seed(site), operand.scaling)
         if operand.scaling not in ("delayed", "unit"):
             return quantize_both(parts, *how, sums, amax)
-        if role == GRADIENT and self.known and operand.scaling == "delayed" and amax is None and noting(parts, operand):
+        written = written or role == GRADIENT
+        if written and self.known and operand.scaling == "delayed" and amax is None and noting(parts, operand):
             scale = self.early(operand, role)
             both, amax = encode_noting(parts, scale, operand.format, operand.granularity, operand.scaling, sums)
             return self.noted(both, scale, amax, role)

@@ -102,11 +102,13 @@ def test_one_backward_gives_the_gradients_of_layer_by_layer_bit_for_bit(config, 
 
 
 @pytest.mark.parametrize("value", [None, float("inf")])
-def test_a_gradient_under_a_known_scale_is_read_once_for_codes_and_maximum(kernels, monkeypatch, value):
-    operand = RECIPES["fp8-delayed"].grad_input.left
-    grad = torch.randn(48, 80, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+@pytest.mark.parametrize("role", [GRADIENT, ACTIVATION], ids=["gradient", "result of an attention"])
+def test_what_is_written_anyway_is_read_once_for_codes_and_maximum(kernels, monkeypatch, value, role):
+    recipe, site = RECIPES["fp8-delayed"], {GRADIENT: "grad_input", ACTIVATION: "output"}[role]
+    operand = getattr(recipe, site).left
+    x = torch.randn(48, 80, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     if value is not None:
-        grad[40, 70] = value
+        x[40, 70] = value
     read, kernel = [], dispatch.encode_noting
     monkeypatch.setattr(
         lowbit, "encode_noting", lambda parts, *rest: (read.append(len(parts)), kernel(parts, *rest))[1]
@@ -117,12 +119,22 @@ def test_a_gradient_under_a_known_scale_is_read_once_for_codes_and_maximum(kerne
             monkeypatch.setattr(lowbit, "noting", lambda *_: False)
         maxima = torch.zeros(3)
         draw = lowbit.Draw(None, torch.tensor([3.0, 3.0, 3.0]), maxima, True)
-        both = draw.both([grad], operand, "grad_input", GRADIENT, True)
+        both = draw.both([x], operand, site, role, True, written=role == ACTIVATION)
         found.append((both.matrix.codes, both.transpose.codes, both.matrix.scale, maxima))
     assert read == [1]
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one.float(), other.float(), rtol=0, atol=0, equal_nan=True)
     assert bool(found[0][2].isnan()) == (value is not None)
+
+
+def test_of_the_activations_of_a_block_only_the_result_of_its_attention_is_read_for_its_codes(kernels, monkeypatch):
+    """What a norm or an activation gives becomes codes where it is made; of gradients, every one is read."""
+    seen, kernel = [], lowbit.encode_noting
+    monkeypatch.setattr(lowbit, "encode_noting", lambda parts, *rest: (seen.append(rest), kernel(parts, *rest))[1])
+    run(GPT, "fp8-delayed", monkeypatch, mlp.mlp)
+    formats = [rest[1].name for rest in seen]
+    # an activation is e4m3, a gradient e5m2: those of qkv, output and down; up's leaves the kernel of the activation as codes
+    assert formats.count("fp8_e5m2") == 3 * formats.count("fp8_e4m3") > 0
 
 
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])

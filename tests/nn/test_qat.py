@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fewbits
 from fewbits.errors import FewbitsError
 from fewbits.export.trained import convert, fake_layers, pack_trained, scheme_of
-from fewbits.kernels.dispatch import replay
+from fewbits.kernels.dispatch import emulated, replay
 from fewbits.nn.fake import fake_linear, learned_scales, quantized_weight
 from fewbits.nn.packed import PackedLinear, packed_layers
 from fewbits.numerics.fake import fake_quantize
@@ -235,10 +235,16 @@ def test_compiled_layers_give_the_outputs_and_gradients_of_eager_ones() -> None:
         y = run(leaf)
         y.backward(torch.ones_like(y))
         found.append([y.detach(), leaf.grad, *(p.grad for p in model.parameters())])
-    for eager, other in zip(*found, strict=True):
+    # Where bf16 is emulated, a compiler that forms values to widen them again does not round them between, 2^-9 of each.
+    weight = (
+        2.0**-9 * model[0].weight.detach().double().abs() if emulated("bf16", "cpu") else torch.zeros(96, 64).double()
+    )
+    unrounded = [x.double().abs() @ weight.t(), weight.sum(0), torch.zeros(()), torch.zeros(())]
+    for eager, other, lost in zip(*found, unrounded, strict=True):
         # the same codes: sums in another order may round to neighbours in bf16, whose distance is up to 2^-7 of the value;
         # sums of 64 products that cancel differ by what fp32 loses of their terms, well below 2^-12
-        assert bool(((eager.double() - other.double()).abs() <= 2.0**-7 * eager.double().abs() + 2.0**-12).all())
+        off = (eager.double() - other.double()).abs()
+        assert bool((off <= 2.0**-7 * eager.double().abs() + 2.0**-12 + lost).all())
 
 
 def small() -> nn.Module:
