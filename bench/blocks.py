@@ -107,3 +107,33 @@ def save(name: str, results: dict[str, Any]) -> Path:
     path.write_text(json.dumps({**header(), **results}, indent=1) + "\n")
     print("wrote", path)
     return path
+
+
+def milliseconds(call: Callable[[], Any], before: Callable[[], Any]) -> float:
+    """The median of ten calls on a GPU, after two that do not count, each with `before` enqueued ahead of it, untimed; without
+    a GPU one call, and NaN."""
+    import torch
+
+    if not torch.cuda.is_available():
+        call()
+        return float("nan")
+    times = []
+    for _ in range(12):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return sorted(times[2:])[5]
+
+
+def changed(config: Any, overrides: str) -> Any:
+    """A config with overrides as of `fewbits train`, NAME=VALUE with commas between; `+` stands for the comma in a value."""
+    from fewbits.train.config import override
+
+    for pair in filter(None, overrides.split(",")):
+        name, _, value = pair.strip().partition("=")
+        config = override(config, name, value.replace("+", ", "))
+    return config

@@ -14,10 +14,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
-from blocks import ROOT, header, save
+from blocks import ROOT, changed, save
 from torch import Tensor
 
 sys.path.insert(0, str(ROOT))
@@ -26,22 +27,15 @@ from fewbits.cli.console import find_model
 from fewbits.data.batches import eval_batches
 from fewbits.nn.lowbit import held_weights
 from fewbits.nn.prepare import prepare
+from fewbits.nn.scale_history import scale_history
 from fewbits.nn.transformer import Transformer
 from fewbits.numerics.loss import gradient_factor
 from fewbits.precision.precision import Precision
 from fewbits.train.build import open_data
-from fewbits.train.config import Config, load_recipe, override
+from fewbits.train.config import Config, load_recipe
 from fewbits.train.evaluate import open_model
 
 Batch = dict[str, Tensor]
-
-
-def changed(config: Config, overrides: str) -> Config:
-    """A config with overrides, as of `fewbits train`."""
-    for pair in filter(None, overrides.split(",")):
-        name, _, value = pair.strip().partition("=")
-        config = override(config, name, value.replace("+", ", "))
-    return config
 
 
 def gradient(
@@ -53,10 +47,10 @@ def gradient(
     model = prepare(model, Precision.parse(config.precision), config.keep_patterns()).to(device).train()
     targets = sum(int((batch["labels"] >= 0).sum()) for batch in batches)
     factor = torch.tensor(1.0 / targets, device=device)
-    for look_back in (True, False):  # scales that are delayed come from a step before
+    for step in ([batches[:1]] if scale_history(model) else []) + [batches]:  # delayed scales come from a step before
         loss, total = 0.0, {}
         with held_weights(model):
-            for batch in batches[: 1 if look_back else None]:
+            for batch in step:
                 with gradient_factor(factor):
                     part = model.loss_sum({key: value.to(device) for key, value in batch.items()})
                 part.backward(factor)
@@ -103,7 +97,7 @@ def main() -> None:
     held_out = eval_batches(
         data.store.val, data.store.val_documents, options.batch, config.model.context, None, config.data.mask_documents
     )
-    batches = [batch for batch, _ in zip(held_out, range(options.batches), strict=False)]
+    batches = list(islice(held_out, options.batches))
     loss, exact = gradient(changed(config, "precision=fp32"), state, batches, device)
     rows: dict[str, Any] = {}
     for case in (case.strip() for case in options.cases.split(";")):
@@ -114,7 +108,7 @@ def main() -> None:
         print(f"{case}: loss {its - loss:+.5f}  {shown}", flush=True)
     targets = sum(int((batch["labels"] >= 0).sum()) for batch in batches)
     about = {"recipe": options.recipe, "set": options.set, "run": bool(options.run), "tokens": targets, "loss": loss}
-    save(f"gradient_errors_{options.name}", {**header(), **about, "rows": rows})
+    save(f"gradient_errors_{options.name}", {**about, "rows": rows})
 
 
 if __name__ == "__main__":

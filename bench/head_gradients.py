@@ -19,10 +19,11 @@ import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
-from blocks import ROOT, header, save
+from blocks import ROOT, save
 from torch import Tensor
 
 sys.path.insert(0, str(ROOT))
@@ -140,7 +141,7 @@ def main() -> None:
     flushed, whole, tokens = dict.fromkeys(FORMATS, 0.0), 0.0, 0
     with torch.no_grad():
         weight = model.head_weight.bfloat16().float()
-        for batch, _ in zip(batches, range(options.batches), strict=False):
+        for batch in islice(batches, options.batches):
             labels = batch["labels"].reshape(-1).to(device)
             hidden = model.hidden(batch["input_ids"].to(device)).reshape(len(labels), -1).bfloat16().float()
             hidden, labels = hidden[labels >= 0], labels[labels >= 0]
@@ -157,7 +158,7 @@ def main() -> None:
     shares = {format: round(share / whole, 7) for format, share in flushed.items()}
     print("probability that becomes 0:", {format: f"{share:.3%}" for format, share in shares.items()})
     shape = {"tokens": tokens, "vocabulary": len(weight), "width": weight.shape[1]}
-    save(f"head_gradients_{options.name}", {**header(), **shape, "rows": rows, "flushed": shares})
+    save(f"head_gradients_{options.name}", {**shape, "rows": rows, "flushed": shares})
 
 
 if __name__ == "__main__":

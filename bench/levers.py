@@ -21,25 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from blocks import header
+from blocks import changed, header
 
 from fewbits.precision.precision import Precision
 from fewbits.train.build import build_step
-from fewbits.train.config import load_recipe, override
+from fewbits.train.config import load_recipe
 
 
 def build(recipe: str, case: str, device: torch.device) -> tuple[Any, int]:
     """A step with its batch, as something to call, and the tokens in one call."""
-    config, compile, split = load_recipe(recipe), "auto", "yes"
-    for pair in filter(None, case.split(",")):
-        name, _, value = pair.strip().partition("=")
-        if name == "compile":
-            compile = value
-        elif name == "split":
-            split = value
-        else:
-            config = override(config, name, value.replace("+", ", "))
-    config = config.check()
+    pairs = [pair.strip() for pair in case.split(",")]
+    own = dict(pair.split("=") for pair in pairs if pair.startswith(("compile=", "split=")))
+    compile, split = own.get("compile", "auto"), own.get("split", "yes")
+    overrides = ",".join(pair for pair in pairs if pair.partition("=")[0] not in own)
+    config = changed(load_recipe(recipe), overrides).check()
     model, _, step = build_step(config, Precision.parse(config.precision), device, compile != "no")
     if compile == "blocks":
         model._run_stack = None

@@ -70,20 +70,15 @@ def softmax_gradient_kernel(
             share = weight / total_of_row
             of_others = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, whole, BLOCK):
-                x = tl.load(logits + start + columns).to(tl.float32)
-                out = _gradient_of(x - largest, share, start + columns == label, weight, CODES)
-                out = _rounded(out, gradient, CODES, mantissa, lowest, limit, NATIVE)
-                tl.store(gradient + start + columns, out)
-                if CODES:
-                    of_others += _value(out, mantissa, lowest, NATIVE)
+                of_others += _write(
+                    logits, gradient, start + columns, V, largest, share, label, weight, CODES, False, mantissa, lowest,
+                    limit, NATIVE,
+                )  # fmt: skip
             if whole < V:
-                inside = whole + columns < V
-                x = tl.load(logits + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
-                out = _gradient_of(x - largest, share, whole + columns == label, weight, CODES)
-                out = _rounded(out, gradient, CODES, mantissa, lowest, limit, NATIVE)
-                tl.store(gradient + whole + columns, out, mask=inside)
-                if CODES:
-                    of_others += _value(out, mantissa, lowest, NATIVE)
+                of_others += _write(
+                    logits, gradient, whole + columns, V, largest, share, label, weight, CODES, True, mantissa, lowest,
+                    limit, NATIVE,
+                )  # fmt: skip
             if CODES:
                 all_of_them = tl.sum(of_others, axis=0) * tl.load(scale)
                 tl.store(apart + row, tl.where((label >= 0) & (label < V), all_of_them, 0.0))
@@ -106,6 +101,27 @@ def _add_exponentials(most, total, x):
     smaller = tl.exp(-tl.abs(x - most))
     total = tl.where(x > most, total * smaller + 1.0, total + smaller)
     return tl.maximum(most, x), total
+
+
+@jit
+def _write(
+    logits, gradient, at, V: tl.constexpr, largest, share, label, weight, CODES: tl.constexpr, MASKED: tl.constexpr,
+    mantissa: tl.constexpr, lowest: tl.constexpr, limit: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradient of a part of a row, and gives what its codes are worth, zeros where there are none."""
+    if MASKED:
+        x = tl.load(logits + at, mask=at < V, other=-float("inf")).to(tl.float32)
+    else:
+        x = tl.load(logits + at).to(tl.float32)
+    out = _gradient_of(x - largest, share, at == label, weight, CODES)
+    out = _rounded(out, gradient, CODES, mantissa, lowest, limit, NATIVE)
+    if MASKED:
+        tl.store(gradient + at, out, mask=at < V)
+    else:
+        tl.store(gradient + at, out)
+    if CODES:
+        return _value(out, mantissa, lowest, NATIVE)
+    return tl.zeros_like(x)
 
 
 @jit

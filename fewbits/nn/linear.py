@@ -82,8 +82,8 @@ class Linear(nn.Linear):
         history = self.history if self.held is not None else None
         earlier, maxima = (None, None) if history is None else (history.looks_back, history.maxima)
         known = history is not None and history.known
-        look_back = (earlier, maxima, self.recipe, known)
-        return lowbit_linear(x, self.weight, self.bias, *held, key, *look_back, widths, self.written)
+        inputs = (x, self.weight, self.bias, *held, key, earlier, maxima)
+        return lowbit_linear(*inputs, self.recipe, known, widths, self.written)
 
     def hold(self) -> HeldWeight:
         """The codes of the weight as it is now."""
