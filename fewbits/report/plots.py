@@ -17,6 +17,7 @@ Place = Callable[[float], float]
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7a7a7a")
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "12 4", "1 2")
 MOST_POINTS = 500  # a longer series is thinned to its minimum and maximum in each of 250 buckets
+_LEAST = 1e-300  # sizes below are 0: near the smallest number of fp64, ticks and their logarithms are no numbers
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
     """
     span = high - low
-    if not span > 0:
-        span = abs(high) or 1.0
+    if span < _LEAST:
+        span = abs(high) if abs(high) > _LEAST else 1.0
         low, high = low - span / 2, high + span / 2
     raw = span / max(count, 1)
     power = 10.0 ** math.floor(math.log10(raw))
@@ -187,7 +188,7 @@ def _axes(series: Sequence[Series], chart: Chart) -> tuple[_Axis, _Axis] | None:
 
 
 def _shown(y: float, chart: Chart) -> bool:
-    return math.isfinite(y) and (y > 0 or not chart.log_y)
+    return math.isfinite(y) and (y > _LEAST or not chart.log_y)
 
 
 def _tick_text(value: float, axis: _Axis) -> str:

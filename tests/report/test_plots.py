@@ -8,7 +8,7 @@ import re
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fewbits.report.plots import (
@@ -23,7 +23,7 @@ from fewbits.report.plots import (
     thin,
 )
 
-ODD = [float("nan"), float("inf"), -float("inf"), 0.0, 1e-300, 1e300, -5.0]
+ODD = [float("nan"), float("inf"), -float("inf"), 0.0, 5e-324, 1e-300, 1e300, -5.0]
 
 
 def numbers_in(svg: str) -> list[float]:
@@ -32,8 +32,11 @@ def numbers_in(svg: str) -> list[float]:
     return [float(n) for d in re.findall(r' d="([^"]*)"', svg) for n in re.findall(r"-?\d+\.?\d*", d)]
 
 
-@given(st.lists(st.floats(-1e12, 1e12) | st.sampled_from(ODD[:4]), max_size=60), st.booleans())
+@given(st.lists(st.floats(-1e12, 1e12) | st.sampled_from(ODD[:6]), max_size=60), st.booleans())
 @settings(max_examples=60, deadline=None)
+@example(y=[5e-324], log=True)
+@example(y=[1.0, 5e-324], log=True)
+@example(y=[5e-324], log=False)
 def test_any_series_gives_well_formed_svg_inside_its_box(y: list[float], log: bool) -> None:
     chart = Chart("t", "x", "y", log_y=log, width=640, height=260)
     coordinates = numbers_in(line_chart([Series("s", list(range(len(y))), y, points=True)], chart))
