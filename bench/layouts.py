@@ -64,17 +64,20 @@ def main() -> None:
         one = torch.ones(1, 1, device=DEVICE)
         codes = 1 if name in ("gelu", "swiglu") else 2 * makes + (name in activation.TILES)
         moved = shape[0] * shape[1] * (2 * takes + codes)
-        hidden, gradients = activation.Known(one, E4M3), [activation.Known(one, E5M2)] * makes
+        noted = torch.zeros(makes, device=DEVICE)
+        hidden = activation.Known(one, E4M3, noted)
+        gradients = [activation.Known(one, E5M2, noted[i : i + 1]) for i in range(makes)]
         calls: dict[str, Any] = {}
         if name in activation.TILES:
             sums = name == "gelu_backward"  # models with gates have no biases
-            calls[""] = partial(activation.activate_backward, name, hidden, gradients, sums, *given)
+            calls[""] = partial(activation.activate_backward, name, one, E4M3, gradients, sums, *given)
         elif name in activation.NAMES:
             calls[""] = partial(activation.activate_codes, name, hidden, *given)
         else:
             thirds = [part.contiguous() for part in given[0].chunk(3, 1)]
+            maximum = noted if name == "maximum" else None
             for label, parts in (("", given), ("three parts, ", thirds)):
-                calls[label] = partial(layouts.encode_both, parts, one, E5M2, True, name == "maximum")
+                calls[label] = partial(layouts.encode_both, parts, one, E5M2, True, maximum)
         tiles = TILES[:2] if options.smoke else TILES
         cases = {
             label + " x ".join(map(str, tile)): partial(under, name, tile, call)

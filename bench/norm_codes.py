@@ -5,7 +5,8 @@ models do, which is one kernel of the compiler's and one that turns codes.
     python bench/norm_codes.py --smoke                      # tiny matrices, the interpreter; checks, writes nothing
 
 "whole rows": a program has some rows in registers, writes their sum, and the codes of what it normalizes. "two passes": it
-reads the sum again for its codes, tile by tile, from the cache. "two kernels": the second has the tiles of `encode_both`.
+reads the sum again for its codes, tile by tile, from the cache. "two kernels": `add_norm_codes` of kernels/norm.py, where the
+second has the tiles of `encode_both`.
 Results are checked against definitions (in fp16 without a GPU: the interpreter cuts bf16, not rounds); TB/s counts every tensor
 once: two read and one written in 16 bits, codes twice.
 """
@@ -29,8 +30,10 @@ import triton.language as tl  # noqa: E402
 from triton import jit  # noqa: E402
 
 from fewbits.formats import Format  # noqa: E402
-from fewbits.kernels.layouts import _constants, turn  # noqa: E402
-from fewbits.kernels.layouts_triton import _fourth, _inverse_power, _raise, _store_rows, _store_words, _word  # noqa: E402
+from fewbits.kernels import norm as kernel  # noqa: E402
+from fewbits.kernels.layouts import Known, _constants, turn  # noqa: E402
+from fewbits.kernels.layouts_triton import _inverse_power, _raise, _store_rows, _store_words, _word  # noqa: E402
+from fewbits.kernels.norm_triton import _normal  # noqa: E402
 from fewbits.numerics.norm import statistics  # noqa: E402
 from fewbits.numerics.quantize import encode  # noqa: E402
 from fewbits.numerics.scaling import Granularity  # noqa: E402
@@ -73,7 +76,7 @@ def _whole_rows(
     tl.store(rstds + rows, rstd)
     if CENTERED:
         tl.store(means + rows, mean)
-    return _normal(both, mean, rstd, w, b, total, CENTERED)
+    return _normal_row(both, mean, rstd, w, b, total, CENTERED)
 
 
 @jit
@@ -86,7 +89,7 @@ def _moments(x, inside, D: tl.constexpr, eps, CENTERED: tl.constexpr):
 
 
 @jit
-def _normal(x, mean, rstd, weight, bias, like, CENTERED: tl.constexpr):
+def _normal_row(x, mean, rstd, weight, bias, like, CENTERED: tl.constexpr):
     """The norm of rows, as the dtype of `like` rounds it, in fp32."""
     if CENTERED:
         y = (x - mean[:, None]) * rstd[:, None] * weight + bias
@@ -148,70 +151,14 @@ def two_passes_kernel(
     tl.debug_barrier()  # other warps read what this one has written
     inv_scale = _inverse_power(tl.load(scale))
     for c0 in range(0, D, BLOCK):
-        w = tl.load(weight + c0 + columns, mask=c0 + columns < D, other=0.0).to(tl.float32)[None, :]
-        b = tl.load(bias + c0 + columns, mask=c0 + columns < D, other=0.0).to(tl.float32)[None, :]
-        p = _of_tile(total, means, rstds, 0, r0, c0, R, w, b, D, CENTERED, ROWS, BLOCK)
-        q = _of_tile(total, means, rstds, 1, r0, c0, R, w, b, D, CENTERED, ROWS, BLOCK)
-        r = _of_tile(total, means, rstds, 2, r0, c0, R, w, b, D, CENTERED, ROWS, BLOCK)
-        s = _of_tile(total, means, rstds, 3, r0, c0, R, w, b, D, CENTERED, ROWS, BLOCK)
+        p = _normal(total, weight, bias, means, rstds, 0, r0, c0, R, D, CENTERED, CENTERED, ROWS, BLOCK, D % BLOCK == 0)
+        q = _normal(total, weight, bias, means, rstds, 1, r0, c0, R, D, CENTERED, CENTERED, ROWS, BLOCK, D % BLOCK == 0)
+        r = _normal(total, weight, bias, means, rstds, 2, r0, c0, R, D, CENTERED, CENTERED, ROWS, BLOCK, D % BLOCK == 0)
+        s = _normal(total, weight, bias, means, rstds, 3, r0, c0, R, D, CENTERED, CENTERED, ROWS, BLOCK, D % BLOCK == 0)
         _raise(amax, p, q, r, s)
         word = _word(p, q, r, s, inv_scale, mantissa, lowest, limit, NATIVE)
         _store_rows(word, codes, r0, c0, R, D, ROWS, BLOCK, D % BLOCK == 0)
         _store_words(word, codes_t, r0, tl.cast(c0, tl.int32), D, R // 4, ROWS, BLOCK, D % BLOCK == 0)
-
-
-@jit
-def _of_tile(
-    total, means, rstds, first: tl.constexpr, r0, c0, R, w, b, D: tl.constexpr, CENTERED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Every fourth row of a tile of the norm, of the sum that was written and its statistics."""
-    tile = _fourth(total, first, r0, c0, R, D, ROWS, BLOCK, D % BLOCK == 0)
-    rows = r0 + 4 * tl.arange(0, ROWS // 4) + first
-    rstd = tl.load(rstds + rows)
-    mean = rstd
-    if CENTERED:
-        mean = tl.load(means + rows)
-    return _normal(tile, mean, rstd, w, b, total, CENTERED)
-
-
-@jit
-def statistics_kernel(
-    x, branch, total, means, rstds, N, eps, D: tl.constexpr, CENTERED: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
-    mask = (rows < N)[:, None] & (columns < D)[None, :]
-    place = rows.to(tl.int64)[:, None] * D + columns[None, :]
-    both = _sum(x, branch, total, place, mask)
-    mean, rstd = _moments(both, (columns < D)[None, :], D, eps, CENTERED)
-    tl.store(rstds + rows, rstd, mask=rows < N)
-    if CENTERED:
-        tl.store(means + rows, mean, mask=rows < N)
-
-
-@jit
-def encode_normal_kernel(
-    total, weight, bias, means, rstds, scale, codes, codes_t, amax, R, D: tl.constexpr, CENTERED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, mantissa: tl.constexpr, lowest: tl.constexpr, limit: tl.constexpr,
-    NATIVE: tl.constexpr,
-):  # fmt: skip
-    across: tl.constexpr = (D + BN - 1) // BN
-    program = tl.program_id(0)
-    r0 = (program // across).to(tl.int64) * BM
-    c0 = (program % across) * BN
-    columns = c0 + tl.arange(0, BN)
-    w = tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
-    b = tl.load(bias + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
-    p = _of_tile(total, means, rstds, 0, r0, c0, R, w, b, D, CENTERED, BM, BN)
-    q = _of_tile(total, means, rstds, 1, r0, c0, R, w, b, D, CENTERED, BM, BN)
-    r = _of_tile(total, means, rstds, 2, r0, c0, R, w, b, D, CENTERED, BM, BN)
-    s = _of_tile(total, means, rstds, 3, r0, c0, R, w, b, D, CENTERED, BM, BN)
-    _raise(amax, p, q, r, s)
-    word = _word(p, q, r, s, _inverse_power(tl.load(scale)), mantissa, lowest, limit, NATIVE)
-    _store_rows(word, codes, r0, c0, R, D, BM, BN, D % BN == 0)
-    _store_words(word, codes_t, r0, c0, D, R // 4, BM, BN, D % BN == 0)
 
 
 class Work:
@@ -250,17 +197,12 @@ class Work:
         )  # fmt: skip
 
     def two_kernels(self, rows: int, columns: int, warps: int) -> None:
-        """Statistics first, then codes by tiles."""
-        block = 1 << (self.D - 1).bit_length()
-        statistics_kernel[(-(-self.R // 4),)](
-            self.x, self.branch, self.total, self.stats[0], self.stats[1], self.R, self.eps, D=self.D,
-            CENTERED=self.centered, ROWS=4, BLOCK=block, num_warps=4,
-        )  # fmt: skip
-        encode_normal_kernel[(self.R // rows * -(-self.D // columns),)](
-            self.total, self.weight, self.bias, self.stats[0], self.stats[1], self.scale, self.codes, self.codes_t,
-            self.amax, self.R, D=self.D, CENTERED=self.centered, BM=rows, BN=columns, **self.format, NATIVE=CUDA,
-            num_warps=warps,
-        )  # fmt: skip
+        """What `add_norm_codes` does, with a tile."""
+        kernel.BOTH_TILE = (rows, columns, warps)
+        bias = self.bias if self.centered else None
+        known = Known(self.scale, E4M3, self.amax.view(torch.float32))
+        made = kernel.add_norm_codes(self.x, self.branch, self.weight, bias, self.eps, self.centered, known)
+        self.total, self.codes, self.codes_t = made[:3]
 
     def wrong(self, call: Any) -> str:
         """What a way of doing it gets wrong, or ""."""

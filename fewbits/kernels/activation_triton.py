@@ -19,7 +19,9 @@ from fewbits.kernels.layouts_triton import (
     _fourth,
     _fp8,
     _inverse_power,
+    _marked,
     _raise,
+    _raise_bits,
     _store_rows,
     _store_sums,
     _store_words,
@@ -30,12 +32,12 @@ from fewbits.kernels.quantize_triton import _magnitude
 
 @jit
 def activate_kernel(
-    a, b, c, first, second, scale, amax, n, GATED: tl.constexpr, BACKWARD: tl.constexpr, CODES: tl.constexpr,
+    a, b, c, first, second, scale, maxima, n, GATED: tl.constexpr, BACKWARD: tl.constexpr, CODES: tl.constexpr,
     mantissa: tl.constexpr, lowest: tl.constexpr, limit: tl.constexpr, BLOCK: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """What `_forward` makes of a and b, or `_backward` of a, b and c, n elements each, rounded to their dtype, for CODES the
-    fp8 codes of that under a scale; amax: int32 bits of fp32 starting from 0, raised to the largest magnitude of what was
-    rounded, one number for each result."""
+    fp8 codes of that under a scale; maxima: fp32, one number for each result, raised to the largest magnitude of what was
+    rounded."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < n
     x = tl.load(a + at, mask=mask, other=0.0).to(tl.float32)
@@ -51,30 +53,31 @@ def activate_kernel(
     else:
         one = _forward(x, y, GATED, NATIVE)
     one = one.to(a.dtype.element_ty)
-    tl.atomic_max(amax, tl.max(_magnitude(one.to(tl.float32)), axis=0))
+    _raise_bits(maxima, tl.max(_magnitude(one.to(tl.float32)), axis=0))
     if CODES:
-        scaled = one.to(tl.float32) * _inverse_power(tl.load(scale))
+        scaled = _marked(one.to(tl.float32)) * _inverse_power(tl.load(scale))
         tl.store(first + at, _fp8(scaled, first, mantissa, lowest, limit, NATIVE), mask=mask)
     else:
         tl.store(first + at, one, mask=mask)
     if GATED and BACKWARD:
         two = two.to(a.dtype.element_ty)
         tl.store(second + at, two, mask=mask)
-        tl.atomic_max(amax + 1, tl.max(_magnitude(two.to(tl.float32)), axis=0))
+        _raise_bits(maxima + 1, tl.max(_magnitude(two.to(tl.float32)), axis=0))
 
 
 @jit
 def activate_backward_kernel(
-    grad, x, up, scale, scale_2, hidden_scale, codes, codes_t, hidden_t, sums, amax, R, C, quads, tiles_c,
-    next_codes, next_codes_t, next_sums,
+    grad, x, up, scale, scale_2, hidden_scale, codes, codes_t, hidden_t, sums, maximum, maximum_2,
+    R, C, quads, tiles_c, next_codes, next_codes_t, next_sums,
     mantissa: tl.constexpr, lowest: tl.constexpr, limit: tl.constexpr, hidden_mantissa: tl.constexpr,
     hidden_lowest: tl.constexpr, hidden_limit: tl.constexpr, GATED: tl.constexpr, SUMS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """What `_backward` makes of matrices [R, C] that lie row by row, rounded to their dtype, as fp8 codes under scales known
     before: of the gradients in both layouts, [R, C] and [C, 4 quads], the R rows padded with zeros, for SUMS with the sums of
-    the columns of every BM rows, fp32 [tiles down, C]; of the activation transposed. amax as `activate_kernel` has it. The
-    second gradient lies `next_` elements behind the first. WHOLE: tiles end where the matrices do."""
+    the columns of every BM rows, fp32 [tiles down, C]; of the activation transposed. The second gradient lies `next_` elements
+    behind the first. The maxima are raised to their largest magnitudes. WHOLE: tiles end where the
+    matrices do."""
     program = tl.program_id(0)
     r0 = (program // tiles_c).to(tl.int64) * BM
     c0 = (program % tiles_c) * BN
@@ -86,15 +89,15 @@ def activate_backward_kernel(
         p, q, r, s, _inverse_power(tl.load(hidden_scale)), hidden_mantissa, hidden_lowest, hidden_limit, NATIVE
     )
     _store_words(word, hidden_t, r0, c0, C, quads, BM, BN, WHOLE)
-    place = sums + (program // tiles_c) * C
+    sums += (program // tiles_c) * C
     _give(
-        p_one, q_one, r_one, s_one, scale, codes, codes_t, place, amax, r0, c0, R, C, quads, mantissa, lowest, limit,
-        SUMS, BM, BN, WHOLE, NATIVE,
+        p_one, q_one, r_one, s_one, scale, codes, codes_t, sums, maximum, r0, c0, R, C, quads, mantissa, lowest,
+        limit, SUMS, BM, BN, WHOLE, NATIVE,
     )  # fmt: skip
     if GATED:
         _give(
-            p_two, q_two, r_two, s_two, scale_2, codes + next_codes, codes_t + next_codes_t, place + next_sums, amax + 1,
-            r0, c0, R, C, quads, mantissa, lowest, limit, SUMS, BM, BN, WHOLE, NATIVE,
+            p_two, q_two, r_two, s_two, scale_2, codes + next_codes, codes_t + next_codes_t, sums + next_sums,
+            maximum_2, r0, c0, R, C, quads, mantissa, lowest, limit, SUMS, BM, BN, WHOLE, NATIVE,
         )  # fmt: skip
 
 
@@ -116,11 +119,11 @@ def _results(
 
 @jit
 def _give(
-    p, q, r, s, scale, codes, codes_t, sums, amax, r0, c0, R, C, quads, mantissa: tl.constexpr, lowest: tl.constexpr,
+    p, q, r, s, scale, codes, codes_t, sums, maximum, r0, c0, R, C, quads, mantissa: tl.constexpr, lowest: tl.constexpr,
     limit: tl.constexpr, SUMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
-    _raise(amax, p, q, r, s)
+    _raise(maximum, p, q, r, s)
     if SUMS:
         _store_sums(p, q, r, s, sums, c0, C, BN)
     word = _word(p, q, r, s, _inverse_power(tl.load(scale)), mantissa, lowest, limit, NATIVE)

@@ -184,7 +184,7 @@ def quantize_both(
     if len(parts) > 1 or _traced(x) or amax is not None:
         if in_layouts(parts, format, granularity, rounding, scales):
             scale = scale_of(largest(parts, granularity) if amax is None else amax, format, scales)
-            return _both(parts, scale, format, granularity, scales, sums)[0]
+            return _both(parts, scale, format, granularity, scales, sums)
     elif (twin := _twin(x, format, rounding, scales)) is not None:
         with span(QUANTIZE):
             return Both(*twin.quantize_both(x, format, granularity, rounding, seed, scales))
@@ -194,27 +194,23 @@ def quantize_both(
 
 def encode_both(
     parts: Sequence[Tensor], scale: Tensor, format: Format, granularity: Granularity, rounding: str, seed: Key,
-    scales: str, sums: bool = False, early: bool = False,
+    scales: str, sums: bool = False,
 ) -> Both:  # fmt: skip
-    """`quantize_both` under a given scale. early: it was known before x, so that a compiler can write the codes in the kernel
-    that makes x, and not x; where the sums are wanted x has to be read anyway."""
+    """`quantize_both` under a given scale."""
     if in_layouts(parts, format, granularity, rounding, scales):
-        if len(parts) > 1 or sums or not (early and _traced(parts[0])):
-            return _both(parts, scale, format, granularity, scales, sums)[0]
-        codes = definition.encode(parts[0], scale, format, granularity, scales=scales)
-        return Both.of(Quantized(codes, scale, format, granularity, scales), layouts.turn(codes))
+        return _both(parts, scale, format, granularity, scales, sums)
     (x,) = parts
     codes = definition.encode(x, scale, format, granularity, rounding, seed, scales)
     return Both.of(Quantized(codes, scale, format, granularity, scales))
 
 
 def encode_noting(
-    parts: Sequence[Tensor], scale: Tensor, format: Format, granularity: Granularity, scales: str, sums: bool
-) -> tuple[Both, Tensor]:
-    """`encode_both` of what `in_layouts` allows, and the largest magnitude, fp32 [1, 1], from the same reading."""
-    both, amax = _both(parts, scale, format, granularity, scales, sums, True)
-    assert amax is not None
-    return both, amax
+    parts: Sequence[Tensor], scale: Tensor, format: Format, granularity: Granularity, scales: str, sums: bool,
+    maximum: Tensor,
+) -> Both:  # fmt: skip
+    """`encode_both` of what `in_layouts` allows, with `maximum` raised to the largest magnitude by the same reading; what is
+    not finite has the code NaN."""
+    return _both(parts, scale, format, granularity, scales, sums, maximum)
 
 
 def turned(codes: Tensor) -> Tensor:
@@ -224,10 +220,10 @@ def turned(codes: Tensor) -> Tensor:
 
 def _both(
     parts: Sequence[Tensor], scale: Tensor, format: Format, granularity: Granularity, scales: str, sums: bool,
-    maximum: bool = False,
-) -> tuple[Both, Tensor | None]:  # fmt: skip
-    codes, codes_t, found, amax = layouts.encode_both(parts, scale, format, sums, maximum)
-    return Both.of(Quantized(codes, scale, format, granularity, scales), codes_t, found), amax
+    maximum: Tensor | None = None,
+) -> Both:  # fmt: skip
+    codes, codes_t, found = layouts.encode_both(parts, scale, format, sums, maximum)
+    return Both.of(Quantized(codes, scale, format, granularity, scales), codes_t, found)
 
 
 def largest(parts: Sequence[Tensor], granularity: Granularity) -> Tensor:

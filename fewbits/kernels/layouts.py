@@ -48,19 +48,18 @@ def why_not(x: Tensor, format: Format, granularity: Granularity, rounding: str, 
 
 
 def encode_both(
-    parts: Sequence[Tensor], scale: Tensor, format: Format, sums: bool = False, maximum: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    parts: Sequence[Tensor], scale: Tensor, format: Format, sums: bool = False, maximum: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """`encode_both` of numerics/quantize.py as one call that a compiler keeps: codes bit for bit, sums in another order.
 
     parts: up to three matrices side by side, bf16, fp16 or fp32 [R, C_i], read where they lie unless no tile fits between
-    them; scale: fp32 [1, 1]. Sums and the largest magnitude are None unless asked for.
+    them; scale: fp32 [1, 1]. Sums are None unless asked for. maximum: an fp32 number, not negative, that is raised to the
+    largest magnitude: to NaN or infinity where a value is that.
     """
     if len(parts) > _MOST or any(part.shape[1] % BOTH_TILE[1] for part in parts[:-1]):  # a tile lies within one of them
         parts = [torch.cat(tuple(parts), 1)]
-    made = _operators()[0]([part.contiguous() for part in parts], scale, format.name, sums, maximum)
-    codes, codes_t, found, amax = made
-    largest = amax.view(torch.float32).view(1, 1) if maximum else None
-    return codes, unpadded(codes_t, len(codes)), found.sum(0) if sums else None, largest
+    codes, codes_t, found = _operators()[0]([part.contiguous() for part in parts], scale, format.name, sums, maximum)
+    return codes, unpadded(codes_t, len(codes)), found.sum(0) if sums else None
 
 
 def unpadded(codes_t: Tensor, rows: int) -> Tensor:
@@ -69,8 +68,7 @@ def unpadded(codes_t: Tensor, rows: int) -> Tensor:
 
 
 def turn(codes: Tensor) -> Tensor:
-    """codes.t().contiguous() of a matrix of one-byte codes, as one call that a compiler keeps: 2 bytes an element. For codes
-    that the compiler writes in the kernel that makes x, which then is never written itself."""
+    """codes.t().contiguous() of a matrix of one-byte codes, as one call that a compiler keeps: 2 bytes an element."""
     turned: Tensor = _operators()[1](codes.contiguous())
     return turned
 
@@ -83,7 +81,7 @@ def _operators() -> tuple[Any, Any]:
     """
     from torch.library import triton_op
 
-    both = triton_op("fewbits::encode_both", mutates_args=())(_encode_both)
+    both = triton_op("fewbits::encode_both", mutates_args=("maximum",))(_encode_both)
     return both, triton_op("fewbits::turn", mutates_args=())(_turn)
 
 
@@ -101,8 +99,8 @@ def _turn(codes: Tensor) -> Tensor:
 
 
 def _encode_both(
-    parts: list[Tensor], scale: Tensor, format: str, sums: bool, maximum: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    parts: list[Tensor], scale: Tensor, format: str, sums: bool, maximum: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     from torch.library import wrap_triton
 
     from fewbits.kernels.layouts_triton import encode_both_kernel
@@ -115,16 +113,24 @@ def _encode_both(
     codes = torch.empty(R, C, dtype=carrier(fmt), device=first.device)
     codes_t = torch.empty(C, 4 * quads, dtype=carrier(fmt), device=first.device)
     found = torch.empty(down if sums else 0, C, dtype=torch.float32, device=first.device)
-    amax = torch.zeros(int(maximum), dtype=torch.int32, device=first.device)
     kernel: Any = encode_both_kernel if _interpreted(encode_both_kernel) else wrap_triton(encode_both_kernel)
     mantissa, lowest, limit = _constants(fmt)
     kernel[(down * across,)](
         first, others[0] if others else first, others[-1] if others else first, scale, codes, codes_t,
-        found if sums else scale, amax if maximum else scale, R, C, quads, ends[0], ends[min(1, len(others))], across,
-        mantissa=mantissa, lowest=lowest, limit=limit, PARTS=len(parts), SUMS=sums, MAXIMUM=maximum,
-        BM=BM, BN=BN, WHOLE=R % BM == 0 and C % BN == 0, NATIVE=first.is_cuda, num_warps=warps,
+        found if sums else scale, scale if maximum is None else maximum, R, C, quads, ends[0],
+        ends[min(1, len(others))], across, mantissa=mantissa, lowest=lowest, limit=limit, PARTS=len(parts), SUMS=sums,
+        NOTE=maximum is not None, BM=BM, BN=BN, WHOLE=R % BM == 0 and C % BN == 0, NATIVE=first.is_cuda, num_warps=warps,
     )  # fmt: skip
-    return codes, codes_t, found, amax
+    return codes, codes_t, found
+
+
+class Known(NamedTuple):
+    """A scale known before what it scales, a power of two, fp32 [1, 1], the fp8 format of the codes, and an fp32 number that is
+    raised to the largest magnitude of what is scaled, as `encode_both` does."""
+
+    scale: Tensor
+    format: Format
+    maximum: Tensor
 
 
 class Held(NamedTuple):

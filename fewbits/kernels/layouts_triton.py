@@ -20,13 +20,13 @@ from fewbits.kernels.quantize_triton import _codes, _load, _magnitude, _scale_of
 
 @jit
 def encode_both_kernel(
-    a, b, c, scale, codes, codes_t, sums, amax, R, C, quads, begin_b, begin_c, tiles_c,
+    a, b, c, scale, codes, codes_t, sums, maximum, R, C, quads, begin_b, begin_c, tiles_c,
     mantissa: tl.constexpr, lowest: tl.constexpr, limit: tl.constexpr, PARTS: tl.constexpr, SUMS: tl.constexpr,
-    MAXIMUM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr, NATIVE: tl.constexpr,
+    NOTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """fp8 codes [R, C] and [C, 4 quads], the R rows padded with zeros, of a matrix under one scale, a power of two, for SUMS
-    the sums of the columns of every BM rows, fp32 [tiles down, C], and for MAXIMUM the largest magnitude as `amax_kernel` has
-    it. WHOLE: tiles end where the matrix does.
+    """fp8 codes [R, C] and [C, 4 quads], the R rows padded with zeros, of a matrix under one scale, a power of two; for SUMS
+    the sums of the columns of every BM rows, fp32 [tiles down, C]; for NOTE maximum, fp32, is raised to the largest magnitude.
+    WHOLE: tiles end where the matrix does.
 
     The matrix lies row by row, or is 2 or 3 PARTS side by side that do: a, from column begin_b on b, from begin_c on c (C
     where there is none). BN divides where they begin, so that a tile is within one of them.
@@ -52,8 +52,8 @@ def encode_both_kernel(
     q = _fourth(x, 1, r0, first, R, width, BM, BN, WHOLE)
     r = _fourth(x, 2, r0, first, R, width, BM, BN, WHOLE)
     s = _fourth(x, 3, r0, first, R, width, BM, BN, WHOLE)
-    if MAXIMUM:
-        _raise(amax, p, q, r, s)
+    if NOTE:
+        _raise(maximum, p, q, r, s)
     if SUMS:
         _store_sums(p, q, r, s, sums + (program // tiles_c) * C, c0, C, BN)
     word = _word(p, q, r, s, _inverse_power(tl.load(scale)), mantissa, lowest, limit, NATIVE)
@@ -78,10 +78,15 @@ def _inside(rows, columns, r0, c0, R, C):
 
 
 @jit
-def _raise(amax, p, q, r, s):
-    """Raises amax, int32 bits of fp32, to the largest magnitude of four tiles; a NaN is above all."""
+def _raise(maximum, p, q, r, s):
+    """Raises a number, fp32 and not negative, to the largest magnitude of four tiles; a NaN is above all."""
     most = _larger(_larger(tl.abs(p), tl.abs(q)), _larger(tl.abs(r), tl.abs(s)))
-    tl.atomic_max(amax, tl.max(tl.max(_magnitude(most), axis=1), axis=0))
+    _raise_bits(maximum, tl.max(tl.max(_magnitude(most), axis=1), axis=0))
+
+
+@jit
+def _raise_bits(maximum, bits):
+    tl.atomic_max(maximum.to(tl.pointer_type(tl.int32), bitcast=True), bits)
 
 
 @jit
@@ -99,12 +104,12 @@ def _store_sums(p, q, r, s, sums, c0, C, BN: tl.constexpr):
 def _word(
     p, q, r, s, inv_scale, mantissa: tl.constexpr, lowest: tl.constexpr, limit: tl.constexpr, NATIVE: tl.constexpr
 ):  # fmt: skip
-    """fp8 codes, e4m3 or e5m2, of four tiles times inv_scale, saturated and rounded once, the first in the lowest byte: by the
-    instructions of sm_89 and newer, which make two at a time, else on bits. int32."""
-    p = p * inv_scale
-    q = q * inv_scale
-    r = r * inv_scale
-    s = s * inv_scale
+    """fp8 codes, e4m3 or e5m2, of four tiles times inv_scale, saturated and rounded once, what is not finite NaN, the first in
+    the lowest byte: by the instructions of sm_89 and newer, which make two at a time, else on bits. int32."""
+    p = _marked(p) * inv_scale
+    q = _marked(q) * inv_scale
+    r = _marked(r) * inv_scale
+    s = _marked(s) * inv_scale
     if NATIVE and mantissa == 3:
         return tl.inline_asm_elementwise(
             "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; "
@@ -119,6 +124,12 @@ def _word(
         )  # fmt: skip
     low = _bits(p, mantissa, lowest, limit) | (_bits(q, mantissa, lowest, limit) << 8)
     return low | (_bits(r, mantissa, lowest, limit) << 16) | (_bits(s, mantissa, lowest, limit) << 24)
+
+
+@jit
+def _marked(x):
+    """x, but NaN for an infinity, which saturating would hide."""
+    return x * 0.0 + x
 
 
 @jit

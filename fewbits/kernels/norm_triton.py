@@ -11,6 +11,77 @@ except ImportError:  # kernels/norm.py is not asked then
         return function or jit
 
 
+from fewbits.kernels.layouts_triton import _fourth, _inverse_power, _raise, _store_rows, _store_words, _word
+
+
+@jit
+def add_statistics_kernel(
+    x, branch, total, mean, rstd, N, eps, D: tl.constexpr, CENTERED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """total [N, D] = x + branch, rounded, and fp32 [N] each `statistics` of it (numerics/norm.py)."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    there = rows < N
+    inside = (columns < D)[None, :]
+    mask = there[:, None] & inside
+    place = rows.to(tl.int64)[:, None] * D + columns[None, :]
+    both = tl.load(x + place, mask=mask, other=0.0).to(tl.float32) + tl.load(branch + place, mask=mask, other=0.0)
+    both = both.to(total.dtype.element_ty)
+    tl.store(total + place, both, mask=mask)
+    both = both.to(tl.float32)
+    if CENTERED:
+        center = tl.sum(both, axis=1) / D
+        tl.store(mean + rows, center, mask=there)
+        both = tl.where(inside, both - center[:, None], 0.0)
+    variance = tl.sum(both * both, axis=1) / D
+    tl.store(
+        rstd + rows, 1.0 / tl.sqrt_rn(variance + tl.cast(eps, tl.float32)), mask=there
+    )  # a compiler hands fp64 over
+
+
+@jit
+def encode_norm_kernel(
+    total, weight, bias, mean, rstd, scale, codes, codes_t, maximum, N, quads, D: tl.constexpr,
+    CENTERED: tl.constexpr, BIASED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr,
+    mantissa: tl.constexpr, lowest: tl.constexpr, limit: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """What `encode_both_kernel` makes of the norm of total [N, D], which is not written."""
+    across: tl.constexpr = (D + BN - 1) // BN
+    program = tl.program_id(0)
+    r0 = (program // across).to(tl.int64) * BM
+    c0 = (program % across) * BN
+    p = _normal(total, weight, bias, mean, rstd, 0, r0, c0, N, D, CENTERED, BIASED, BM, BN, WHOLE)
+    q = _normal(total, weight, bias, mean, rstd, 1, r0, c0, N, D, CENTERED, BIASED, BM, BN, WHOLE)
+    r = _normal(total, weight, bias, mean, rstd, 2, r0, c0, N, D, CENTERED, BIASED, BM, BN, WHOLE)
+    s = _normal(total, weight, bias, mean, rstd, 3, r0, c0, N, D, CENTERED, BIASED, BM, BN, WHOLE)
+    _raise(maximum, p, q, r, s)
+    word = _word(p, q, r, s, _inverse_power(tl.load(scale)), mantissa, lowest, limit, NATIVE)
+    _store_rows(word, codes, r0, c0, N, D, BM, BN, WHOLE)
+    _store_words(word, codes_t, r0, c0, D, quads, BM, BN, WHOLE)
+
+
+@jit
+def _normal(
+    total, weight, bias, mean, rstd, first: tl.constexpr, r0, c0, N, D: tl.constexpr, CENTERED: tl.constexpr,
+    BIASED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Every fourth row of a tile of the norm, rounded to the dtype of total, in fp32; zeros beyond the edges."""
+    y = _fourth(total, first, r0, c0, N, D, BM, BN, WHOLE)
+    rows = r0 + 4 * tl.arange(0, BM // 4) + first
+    columns = c0 + tl.arange(0, BN)
+    there = rows < N
+    inside = columns < D
+    if CENTERED:
+        y = y - tl.load(mean + rows, mask=there, other=0.0)[:, None]
+    y = y * tl.load(rstd + rows, mask=there, other=0.0)[:, None]
+    y = y * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if BIASED:
+        y = y + tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if not WHOLE:
+            y = tl.where(there[:, None], y, 0.0)
+    return y.to(total.dtype.element_ty).to(tl.float32)
+
+
 @jit
 def norm_backward_kernel(
     grad, other, along, x, weight, mean, rstd, out, parts, N, D: tl.constexpr, TURNS: tl.constexpr, TWO: tl.constexpr,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fewbits.kernels.dispatch import emulated, fused
 from fewbits.nn.linear import FORMAT_OF, Linear
+from fewbits.nn.lowbit import Codes
 from fewbits.nn.norm import RMSNorm
 from fewbits.numerics.attention import short_attention
 from fewbits.numerics.wide import widen
@@ -74,14 +75,20 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim, self.dropout = heads, kv_heads, width // heads, dropout
         self.qkv = Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias=bias)
         self.output = Linear(width, width, bias=bias)
-        self.output.written = True  # by the kernel of an attention, which writes nothing but values
         self.query_norm = RMSNorm(self.head_dim, eps=eps) if qk_norm else None
         self.key_norm = RMSNorm(self.head_dim, eps=eps) if qk_norm else None
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
-        """x [B, T, D] -> [B, T, D]; rotary: cosines and sines that broadcast to [B, H, T, d]; mask as `attend` takes it."""
+    def reader(self) -> Linear | None:
+        """The layer whose codes of x `forward` takes now, if it takes any."""
+        return self.qkv if type(self.qkv) is Linear and self.qkv.takes_codes() else None
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, codes: Codes | None = None
+    ) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; rotary: cosines and sines that broadcast to [B, H, T, d]; mask as `attend` takes it; codes:
+        those of x for the `reader`."""
         B, T, D = x.shape
-        q, k, v = self._heads(x)
+        q, k, v = self._heads(x, codes)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -91,7 +98,7 @@ class Attention(nn.Module):
             y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.output(y.transpose(1, 2).reshape(B, T, D))  # type: ignore[no-any-return]
 
-    def _heads(self, x: Tensor) -> Sequence[Tensor]:
+    def _heads(self, x: Tensor, codes: Codes | None = None) -> Sequence[Tensor]:
         """Queries [B, T, H, d], keys and values [B, T, G, d], slices of one product.
 
         Behind norms of q and k a compiler puts the gradients side by side in the kernels that make them, so that splitting
@@ -99,7 +106,8 @@ class Attention(nn.Module):
         """
         counts = (self.heads, self.kv_heads, self.kv_heads)
         if self.query_norm is None and type(self.qkv) is Linear and self.qkv.splits(x):
-            parts = self.qkv.split(x, tuple(count * self.head_dim for count in counts))
+            parts = self.qkv.split(x, tuple(count * self.head_dim for count in counts), codes)
             return [part.view(*x.shape[:-1], count, self.head_dim) for part, count in zip(parts, counts, strict=True)]
-        heads = self.qkv(x).view(*x.shape[:-1], sum(counts), self.head_dim)
+        product = self.qkv(x) if codes is None else self.qkv(x, codes)
+        heads = product.view(*x.shape[:-1], sum(counts), self.head_dim)
         return heads.split(counts, dim=2)  # type: ignore[no-any-return]

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fewbits.kernels.dispatch import emulated
 from fewbits.nn.fake import LEARNED, fake_linear, hold_fake
-from fewbits.nn.lowbit import HeldWeight, hold, lowbit_linear, recipe_of
-from fewbits.nn.scale_history import ScaleHistory
+from fewbits.nn.lowbit import Codes, HeldWeight, hold, lowbit_linear, recipe_of
+from fewbits.nn.scale_history import Delayed, ScaleHistory
 from fewbits.numerics.keys import current_key
 from fewbits.numerics.matmul import emulated_linear
 
@@ -51,43 +51,46 @@ class Linear(nn.Linear):
     """Whether what makes its operands may hand over more than values within that step (see `chains`)."""
     history: ScaleHistory | None = None
     """What recipes with delayed scaling look back on."""
-    written: bool = False
-    """Whether its input lies in memory in any case, and no compiler makes codes of it in the kernel that makes it."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features], in the dtype of the weight."""
+    def forward(self, x: Tensor, codes: Codes | None = None) -> Tensor:
+        """x [..., in_features] -> [..., out_features], in the dtype of the weight. codes: those of x, for one that
+        `takes_codes`."""
         if not self.recipe:
             return linear(x, self.weight, self.bias, self.tf32)
         if self.fake:
-            codes, scale, *_ = self.held or HeldWeight()
-            learned = getattr(self, LEARNED, None)
-            return fake_linear(x, self.weight, self.bias, learned, codes, scale, self.recipe)
-        return self._lowbit(x)  # type: ignore[no-any-return]
+            held, learned = self.held or HeldWeight(), getattr(self, LEARNED, None)
+            return fake_linear(x, self.weight, self.bias, learned, *held[:2], self.recipe)
+        return self._lowbit(x, codes=codes)  # type: ignore[no-any-return]
+
+    def takes_codes(self) -> bool:
+        """Whether who makes the input may make its codes instead, under the scale of the history: in training, within a step,
+        from the third on."""
+        known = self.chained and self.history is not None and self.history.known
+        return known and torch.is_grad_enabled() and self.weight.requires_grad and unheard(self)
 
     def splits(self, x: Tensor) -> bool:
         """Whether `split` takes x now: in few bits, in training, nobody listening to the whole product."""
         training = torch.is_grad_enabled() and self.weight.requires_grad
         return bool(self.recipe) and not self.fake and training and x.numel() > 0 and unheard(self)
 
-    def split(self, x: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, ...]:
+    def split(self, x: Tensor, widths: tuple[int, ...], codes: Codes | None = None) -> tuple[Tensor, ...]:
         """`forward` in parts [..., width] of its last axis, views of one product: as one node of autograd, so that a kernel may
         read their gradients where they lie."""
-        return self._lowbit(x, widths)  # type: ignore[no-any-return]
+        return self._lowbit(x, widths, codes)  # type: ignore[no-any-return]
 
-    def _lowbit(self, x: Tensor, widths: tuple[int, ...] = ()) -> Any:
+    def _lowbit(self, x: Tensor, widths: tuple[int, ...] = (), codes: Codes | None = None) -> Any:
         site = getattr(self, "site", None)  # a buffer, 0-d int64, of layers whose recipe draws random numbers
         key = None if site is None else current_key(x.device) ^ site
         held = self.held or HeldWeight()
         # outside a step there is nothing to look back on, and operands are scaled by what they are
         history = self.history if self.held is not None else None
-        earlier, maxima = (None, None) if history is None else (history.looks_back, history.maxima)
-        known = history is not None and history.known
-        inputs = (x, self.weight, self.bias, *held, key, earlier, maxima)
-        return lowbit_linear(*inputs, self.recipe, known, widths, self.written)
+        delayed = Delayed() if history is None else history.delayed
+        ours, turned = codes or (None, None)
+        inputs = (x, self.weight, self.bias, *held, key, *delayed)
+        return lowbit_linear(*inputs, self.recipe, widths, ours, turned)
 
     def hold(self) -> HeldWeight:
         """The codes of the weight as it is now."""
         if self.fake:
             return hold_fake(self.weight, getattr(self, LEARNED, None), self.recipe)
-        known = (None, None) if self.history is None else (self.history.largest, self.history.maxima)
-        return hold(self.weight, recipe_of(self.recipe), *known)
+        return hold(self.weight, recipe_of(self.recipe), Delayed() if self.history is None else self.history.of_weight)

@@ -6,7 +6,6 @@ codes are never older than the weight. The gradient is quantized once where both
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -15,30 +14,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fewbits.kernels.activation import Known, activate_backward, activate_codes
 from fewbits.kernels.dispatch import (
     activation_execution,
     emulated,
-    encode_both,
-    encode_noting,
     fused,
-    in_layouts,
-    largest,
-    quantize,
-    quantize_both,
 )
 from fewbits.kernels.layouts import encode_all
 from fewbits.kernels.matmul import scaled_matmul
-from fewbits.nn.scale_history import ACTIVATION, GRADIENT, WEIGHT, ScaleHistory, ScaleStore
-from fewbits.numerics.hadamard import random_hadamard
-from fewbits.numerics.quantize import Both, Key, Quantized, encode
-from fewbits.numerics.scaling import Granularity, power_of_two_scale
+from fewbits.nn.draw import Draw, in_both_layouts
+from fewbits.nn.scale_history import ACTIVATION, GRADIENT, WEIGHT, Delayed, ScaleHistory, ScaleStore
+from fewbits.numerics.quantize import Quantized
+from fewbits.numerics.scaling import Granularity
 from fewbits.numerics.wide import widen
 from fewbits.precision.recipe import Matmul, Operand, Recipe
 from fewbits.ranges import QUANTIZE, span
 
-# added to a layer's key, so that each of its operands draws its own numbers; the Hadamard signs of a pair are the same
-_SITES = {"output": 0x1F3, "grad_input": 0x2E5, "grad_weight": 0x4C9, "hadamard": 0x8B7}
+Codes = tuple[Tensor, Tensor]
+"""fp8 codes [N, K] and [K, N], each row by row, of what a layer reads, made under its known scale by who made it."""
 
 
 class HeldWeight(NamedTuple):
@@ -88,9 +80,9 @@ def _alike(a: Operand, b: Operand) -> bool:
 
 
 @torch.no_grad()
-def hold(weight: Tensor, recipe: Recipe, scales: Tensor | None = None, maxima: Tensor | None = None) -> HeldWeight:
-    """The codes of a weight [O, K] for a recipe. scales, maxima: for delayed scaling, see `ScaleHistory`."""
-    weight, draw = weight.detach(), Draw(None, scales, maxima)
+def hold(weight: Tensor, recipe: Recipe, delayed: Delayed = Delayed()) -> HeldWeight:  # noqa: B008  it has no state
+    """The codes of a weight [O, K] for a recipe. delayed: for delayed scaling, `ScaleHistory.of_weight`."""
+    weight, draw = weight.detach(), Draw(None, delayed)
     output = back = None
     if recipe.output is not None and shared_weight(recipe):
         output, back, _ = draw.both([weight], recipe.output.right, "output", WEIGHT)
@@ -112,24 +104,29 @@ def lowbit_linear(
     grad_input_codes: Tensor | None,
     grad_input_scale: Tensor | None,
     key: Tensor | None,
-    scales: Tensor | None,
-    maxima: Tensor | None,
+    maximum: Tensor | None,
+    grad_maximum: Tensor | None,
+    largest: Tensor | None,
+    scale: Tensor | None,
+    grad_scale: Tensor | None,
     recipe: str,
-    known: bool = False,
     widths: tuple[int, ...] = (),
-    written: bool = False,
+    codes: Tensor | None = None,
+    codes_t: Tensor | None = None,
 ) -> Any:
     """x [..., K] times weight [O, K] plus bias [O] by a recipe: [..., O] in the dtype of the weight.
 
     output_codes ... grad_input_scale: a `HeldWeight`; all None makes it here. key: 0-d int64, for recipes that draw random
-    numbers. scales, maxima, known: for delayed scaling, what `ScaleHistory` gives and takes. recipe: canonical text of a
-    `Recipe`. widths: gives the parts of the last axis that are so wide, views of the one product, instead of the whole; their
-    gradients are quantized where they lie, never put side by side, where a kernel can. written: as `Draw.both` takes it.
+    numbers. maximum ... grad_scale: for delayed scaling, a `Delayed`. recipe: canonical text
+    of a `Recipe`. widths: gives the parts of the last axis that are so wide, views of the one product, instead of the whole;
+    their gradients are quantized where they lie, never put side by side, where a kernel can. codes, codes_t: `Codes` of x,
+    which then is not read.
     """
     held = (output_codes, output_scale, grad_input_codes, grad_input_scale)
     if output_codes is None and grad_input_codes is None:
-        held = hold(weight, recipe_of(recipe), scales, maxima)
-    inputs = (x.to(weight.dtype), weight, bias, *held, key, scales, maxima, recipe, known, widths, written)
+        held = hold(weight, recipe_of(recipe))
+    delayed = (maximum, grad_maximum, largest, scale, grad_scale)
+    inputs = (x.to(weight.dtype), weight, bias, *held, key, *delayed, recipe, widths, codes, codes_t)
     return _LowBitLinear.apply(*inputs)  # type: ignore[no-untyped-call]
 
 
@@ -151,19 +148,25 @@ class _LowBitLinear(torch.autograd.Function):
         grad_input_codes: Tensor | None,
         grad_input_scale: Tensor | None,
         key: Tensor | None,
-        scales: Tensor | None,
-        maxima: Tensor | None,
+        maximum: Tensor | None,
+        grad_maximum: Tensor | None,
+        largest: Tensor | None,
+        scale: Tensor | None,
+        grad_scale: Tensor | None,
         text: str,
-        known: bool,
         widths: tuple[int, ...],
-        written: bool,
+        codes: Tensor | None,
+        codes_t: Tensor | None,
     ) -> Tensor | tuple[Tensor, ...]:
         recipe = recipe_of(text)
-        draw = Draw(key, scales, maxima, known)
+        delayed = (maximum, grad_maximum, largest, scale, grad_scale)
+        draw = Draw.of(key, *delayed)
         x_NK = x.reshape(-1, x.shape[-1])
         left = turned = None
-        if recipe.output is not None and ctx.needs_input_grad[1] and shared_activation(recipe):
-            left, turned, _ = draw.both([x_NK], recipe.output.left, "output", ACTIVATION, written=written)
+        if recipe.output is not None and codes is not None and codes_t is not None:
+            left, turned, _ = draw.made(codes, codes_t, recipe.output.left, ACTIVATION)
+        elif recipe.output is not None and ctx.needs_input_grad[1] and shared_activation(recipe):
+            left, turned, _ = draw.both([x_NK], recipe.output.left, "output", ACTIVATION)
         elif recipe.output is not None:
             left = draw.quantized(x_NK, recipe.output.left, "output", ACTIVATION)
         if left is None or output_codes is None or output_scale is None or recipe.output is None:
@@ -180,16 +183,16 @@ class _LowBitLinear(torch.autograd.Function):
             saved = draw.quantized(x_NK.t(), recipe.grad_weight.right, "grad_weight", ACTIVATION)
             kept = (saved.codes.t(), saved.scale.t())
         backward_weight = weight if recipe.grad_input is None else None
-        ctx.save_for_backward(*kept, backward_weight, grad_input_codes, grad_input_scale, key, scales, maxima)
-        ctx.text, ctx.known, ctx.dtype, ctx.shape = text, known, weight.dtype, x.shape
+        ctx.save_for_backward(*kept, backward_weight, grad_input_codes, grad_input_scale, key, *delayed[1:])
+        ctx.text, ctx.dtype, ctx.shape = text, weight.dtype, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
         y = y_NO.view(*x.shape[:-1], weight.shape[0])
         return y.split_with_sizes(widths, -1) if widths else y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_codes, x_scale, weight, codes, scale, key, scales, maxima = ctx.saved_tensors
-        draw = Draw(key, scales, maxima, ctx.known)
+        x_codes, x_scale, weight, codes, scale, *drawn = ctx.saved_tensors
+        draw = Draw.of_backward(*drawn)
         recipe: Recipe = recipe_of(ctx.text)
         grad_x = grad_weight = grad_bias = None
         biased = ctx.bias_dtype is not None and ctx.needs_input_grad[2]
@@ -211,7 +214,7 @@ class _LowBitLinear(torch.autograd.Function):
                 grad_weight = multiply(rows, x_codes.t(), x_scale.t(), recipe.grad_weight, ctx.dtype)
         if biased:
             grad_bias = (column_sums(grad_NO) if sums is None else sums).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, *(None,) * 11
+        return grad_x, grad_weight, grad_bias, *(None,) * 14
 
 
 def multiply(
@@ -247,7 +250,7 @@ def apart(parts: Sequence[Tensor], recipe: Recipe, needed: tuple[bool, bool]) ->
     lie."""
     if recipe.grad_input is None or not all(needed) or not shared_gradient(recipe):
         return False
-    return _in_layouts(parts, recipe.grad_input.left)
+    return in_both_layouts(parts, recipe.grad_input.left)
 
 
 def limits(recipe: Recipe) -> tuple[float, float, float]:
@@ -269,135 +272,6 @@ def column_sums(x: Tensor) -> Tensor:
     """Sums over the rows of a matrix, in fp32 or wider."""
     twin = fused(x)
     return widen(x).sum(0) if twin is None else twin.column_sums(x)
-
-
-class Draw(NamedTuple):
-    """What quantizing an operand draws from beside the operand: random numbers, and the maxima of earlier steps.
-
-    scales: fp32 [3] by role: largest magnitudes of earlier steps, or, where all of them are `known`, scales that were made of
-    them. maxima: fp32 [3], those of this step, noted as they are found.
-    """
-
-    key: Tensor | None
-    scales: Tensor | None
-    maxima: Tensor | None
-    known: bool = False
-
-    def quantized(self, x: Tensor, operand: Operand, site: str, role: int) -> Quantized:
-        """A matrix as an operand of the matmul named `site`, in the role ACTIVATION, WEIGHT or GRADIENT."""
-        if operand.hadamard and self.key is not None:
-            x = random_hadamard(x, self.key ^ _SITES["hadamard"])
-        how = (operand.format, operand.granularity, operand.rounding, self._seed(site), operand.scaling)
-        if operand.scaling not in ("delayed", "unit"):
-            return quantize(x, *how)
-        early, scale = self._scales(x.shape, largest([x], operand.granularity), operand, site, role)
-        return Quantized(encode(x, early, *how), scale, operand.format, operand.granularity, operand.scaling)
-
-    def both(
-        self,
-        parts: Sequence[Tensor],
-        operand: Operand,
-        site: str,
-        role: int,
-        sums: bool = False,
-        amax: Tensor | None = None,
-        written: bool = False,
-    ) -> Both:
-        """`quantized` with its transpose, for operands that two matmuls share; parts, sums, amax: see `quantize_both`. written:
-        no compiler can make the codes in the kernel that makes the parts, which lie in memory in any case, as gradients do."""
-        how = (operand.format, operand.granularity, operand.rounding, self._seed(site), operand.scaling)
-        if operand.scaling not in ("delayed", "unit"):
-            return quantize_both(parts, *how, sums, amax)
-        written = written or role == GRADIENT
-        if written and self.known and operand.scaling == "delayed" and amax is None and noting(parts, operand):
-            scale = self.early(operand, role)
-            both, amax = encode_noting(parts, scale, operand.format, operand.granularity, operand.scaling, sums)
-            return self.noted(both, scale, amax, role)
-        amax = largest(parts, operand.granularity) if amax is None else amax
-        early, scale = self._scales(parts[0].shape, amax, operand, site, role)
-        return encode_both(parts, early, *how, sums, self.known).under(scale)
-
-    def _seed(self, site: str) -> Key:
-        return 0 if self.key is None else self.key ^ _SITES[site]
-
-    def _scales(
-        self, shape: Sequence[int], amax: Tensor, operand: Operand, site: str, role: int
-    ) -> tuple[Tensor, Tensor]:
-        """The scale under which an operand is encoded that is not scaled by its own maximum, amax, noting that one; and the
-        scale of its codes: the same, but `honest`. shape: of a weight.
-
-        Where it is `known` that there is an earlier maximum, the first does not depend on this one.
-        """
-        if operand.scaling == "unit":
-            contraction = max(1, shape[1 - (site == "grad_input")])
-            scale = torch.full_like(amax, 2.0 ** round(-0.5 * math.log2(contraction)) if role == WEIGHT else 1.0)
-        elif self.scales is None or self.maxima is None:
-            scale = power_of_two_scale(amax, operand.format.max)
-        else:
-            self.note(amax, role)
-            scale = self.early(operand, role)
-            if not self.known:  # nothing is before the first step
-                scale = torch.where(self.scales[role] > 0, scale, power_of_two_scale(amax, operand.format.max))
-        marked = honest(scale, amax)
-        return scale if self.known else marked, marked
-
-    def early(self, operand: Operand, role: int) -> Tensor:
-        """The delayed scale of a role, of the maxima of the steps before: fp32 [1, 1]."""
-        assert self.scales is not None
-        if self.known:
-            return self.scales[role].view(1, 1)
-        return power_of_two_scale(self.scales[role].view(1, 1), operand.format.max)
-
-    def note(self, amax: Tensor, role: int) -> None:
-        """Notes a maximum of this step, where scales are delayed."""
-        if self.maxima is not None:
-            self.maxima[role] = torch.maximum(self.maxima[role], amax.view(()))
-
-    def noted(self, both: Both, scale: Tensor, amax: Tensor, role: int) -> Both:
-        """Codes under a known scale, with their maximum noted, under a scale that is honest about it."""
-        self.note(amax, role)
-        return both.under(honest(scale, amax))
-
-    def copy_note(self, other: Draw, role: int) -> None:
-        """Notes what another layer has noted of an operand that is the same."""
-        if other.maxima is not None:
-            self.note(other.maxima[role], role)
-
-
-def coded(name: str, inputs: Sequence[Tensor], operand: Operand, draw: Draw) -> Quantized:
-    """The result of an activation as an operand whose delayed scale is known: codes that are written without its values."""
-    scale = draw.early(operand, ACTIVATION)
-    codes, amax = activate_codes(name, Known(scale, operand.format), *inputs)
-    draw.note(amax, ACTIVATION)
-    return Quantized(codes, honest(scale, amax), operand.format, operand.granularity, operand.scaling)
-
-
-def coded_backward(
-    name: str, inputs: Sequence[Tensor], hidden: Operand, its: Draw, operand: Operand, draws: Sequence[Draw], sums: bool
-) -> tuple[Tensor, list[Both]]:
-    """The codes that `coded` made of an activation as the operand `hidden`, transposed, and its gradients as operands of
-    `draws`, likewise written without their values; names of activations with "_backward" behind them."""
-    scales = [draw.early(operand, GRADIENT) for draw in draws]
-    known = [Known(scale, operand.format) for scale in scales]
-    again = Known(its.early(hidden, ACTIVATION), hidden.format)
-    hidden_t, made = activate_backward(name, again, known, sums, *inputs)
-    gradients = []
-    for draw, scale, one in zip(draws, scales, made, strict=True):
-        matrix = Quantized(one.codes, scale, operand.format, operand.granularity, operand.scaling)
-        gradients.append(draw.noted(Both.of(matrix, one.codes_t, one.sums), scale, one.amax, GRADIENT))
-    return hidden_t, gradients
-
-
-def noting(parts: Sequence[Tensor], operand: Operand) -> bool:
-    """Whether one kernel reads a gradient for its codes and its largest magnitude. A compiler that wants the magnitude of what
-    it writes reduces by rows, at half the speed of writing; and where autograd has the gradient it is written anyway."""
-    return activation_execution(parts[0].device).value == "kernel" and _in_layouts(parts, operand)
-
-
-def honest(scale: Tensor, amax: Tensor) -> Tensor:
-    """The scale of codes of something whose largest magnitude is amax: NaN where that is not finite, because saturating must
-    not hide an infinity."""
-    return torch.where(amax.isfinite(), scale, math.nan)
 
 
 def plain(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -451,7 +325,7 @@ def _hold_all(layers: Sequence[Any]) -> None:
         earlier = None if store is None else store.largest[:, WEIGHT]
         held, amax = encode_all([layer.weight for layer in group], output.right.format, earlier)
         if store is not None:
-            noted = store.maxima[:, WEIGHT]
+            noted = store.maxima[:, WEIGHT, 0]
             noted.copy_(torch.maximum(noted, amax))
         chained = chains(recipe) and activation_execution(group[0].weight.device).value == "kernel"
         for layer, (codes, codes_t, scale) in zip(group, held, strict=True):
@@ -463,11 +337,7 @@ def together(layer: Any) -> bool:
     operand, weight = _shared_operand(layer.recipe), layer.weight
     if layer.fake or operand is None or not weight.is_contiguous():
         return False
-    return _in_layouts([weight], operand)
-
-
-def _in_layouts(parts: Sequence[Tensor], operand: Operand) -> bool:
-    return in_layouts(parts, operand.format, operand.granularity, operand.rounding, operand.scaling)
+    return in_both_layouts([weight], operand)
 
 
 @cache
@@ -478,6 +348,14 @@ def chains(text: str) -> bool:
     ways = {(o.scaling, o.rounding, o.granularity, o.format.bits, o.format.kind) for o in recipe.operands}
     fitting = [{(scaling, "nearest-even", Granularity(), 8, "float")} for scaling in ("power-of-two", "delayed")]
     return ways in fitting and shared_weight(recipe) and shared_activation(recipe) and shared_gradient(recipe)
+
+
+@cache
+def activation_format(text: str) -> str:
+    """The name of the format of the activation, by a recipe that `chains`."""
+    output = recipe_of(text).output
+    assert output is not None
+    return output.left.format.name
 
 
 @cache

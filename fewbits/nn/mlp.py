@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from fewbits.kernels.activation import activate
+from fewbits.nn.draw import Draw, coded, coded_backward
 from fewbits.nn.linear import Linear, unheard
-from fewbits.nn.lowbit import Draw, coded, coded_backward, column_sums, gradient_codes, multiply, recipe_of
-from fewbits.nn.scale_history import ACTIVATION, GRADIENT
+from fewbits.nn.lowbit import Codes, column_sums, gradient_codes, multiply, recipe_of
+from fewbits.nn.scale_history import ACTIVATION, GRADIENT, Delayed
 from fewbits.numerics.quantize import Quantized
 from fewbits.precision.recipe import Recipe
 
@@ -26,8 +27,8 @@ _ACTIVATIONS = {2: "gelu", 3: "swiglu"}  # by the number of layers: up and down;
 
 
 class Part(NamedTuple):
-    """What a linear layer brings: weight [O, K], bias [O], its codes (`HeldWeight`), and for delayed scaling fp32 [3] of
-    `ScaleHistory`."""
+    """What a linear layer brings: weight [O, K], bias [O], its codes (`HeldWeight`), and for delayed scaling what is
+    `Delayed`."""
 
     weight: Tensor
     bias: Tensor | None
@@ -35,47 +36,60 @@ class Part(NamedTuple):
     output_scale: Tensor
     grad_input_codes: Tensor
     grad_input_scale: Tensor
-    scales: Tensor | None
-    maxima: Tensor | None
+    maximum: Tensor | None
+    grad_maximum: Tensor | None
+    largest: Tensor | None
+    scale: Tensor | None
+    grad_scale: Tensor | None
+
+    @property
+    def draw(self) -> Draw:
+        """What quantizing its operands draws from."""
+        return Draw.of(None, *self[6:])
 
 
 _SIZE = len(Part._fields)
 
 
-def together(layers: Sequence[Linear], x: Tensor) -> bool:
+def together(layers: Sequence[Linear]) -> bool:
     """Whether `lowbit_mlp` takes these layers now: within a step, in training, nobody listening in between."""
     first = layers[0]
-    return (
-        torch.is_grad_enabled()
-        and x.numel() > 0
-        and all(
-            getattr(layer, "chained", False)  # a layer may have been replaced by one of another class
-            and layer.recipe == first.recipe
-            and _known(layer) == _known(first)
-            and layer.weight.requires_grad
-            and unheard(layer)
-            for layer in layers
-        )
+    return torch.is_grad_enabled() and all(
+        getattr(layer, "chained", False)  # a layer may have been replaced by one of another class
+        and layer.recipe == first.recipe
+        and _known(layer) == _known(first)
+        and layer.weight.requires_grad
+        and unheard(layer)
+        for layer in layers
     )
 
 
-def mlp(layers: Sequence[Linear], x: Tensor, again: Tensor | None = None) -> Tensor:
-    """`lowbit_mlp` of layers that `together` allows: x [..., D] -> [..., D]."""
+def mlp(layers: Sequence[Linear], x: Tensor, again: Tensor | None = None, codes: Codes | None = None) -> Tensor:
+    """`lowbit_mlp` of layers that `together` allows: x [..., D] -> [..., D]. codes: those of x under the scale of the first
+    layer, where it `takes_codes`."""
     parts: list[Tensor | None] = []
     for layer in layers:
         history = layer.history
-        looks_back = (None, None) if history is None else (history.looks_back, history.maxima)
-        parts += [layer.weight, layer.bias, *(layer.held or ()), *looks_back]
-    return lowbit_mlp(x, x if again is None else again, layers[0].recipe, _known(layers[0]), *parts)
+        delayed = Delayed() if history is None else history.delayed
+        parts += [layer.weight, layer.bias, *(layer.held or ()), *delayed]
+    again, (ours, turned) = x if again is None else again, codes or (None, None)
+    return lowbit_mlp(x, again, layers[0].recipe, ours, turned, *parts)
 
 
-def lowbit_mlp(x: Tensor, again: Tensor, recipe: str, known: bool, *parts: Tensor | None) -> Tensor:
+def lowbit_mlp(
+    x: Tensor,
+    again: Tensor,
+    recipe: str,
+    codes: Tensor | None,
+    codes_t: Tensor | None,
+    *parts: Tensor | None,
+) -> Tensor:
     """down(gelu(up(x))) of two `Part`s, up and down, or down(silu(gate(x)) * up(x)) of three, gate, up and down, one after
     the other: x [..., D] -> [..., D] in the dtype of the weights. again: x once more; it has the gradient of x by way of up
-    where there is a gate. recipe: canonical text of a `Recipe` that `chains`. known: as `lowbit_linear` takes it."""
+    where there is a gate. recipe: canonical text of a `Recipe` that `chains`. codes, codes_t: as `lowbit_linear` takes them."""
     weight = parts[0]
     assert weight is not None
-    inputs = (x.to(weight.dtype), again.to(weight.dtype), recipe, known, *parts)
+    inputs = (x.to(weight.dtype), again.to(weight.dtype), recipe, codes, codes_t, *parts)
     return _LowBitMLP.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -89,11 +103,22 @@ def _split(flat: Sequence[Any]) -> list[Part]:
 
 class _LowBitMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, _again: Tensor, text: str, known: bool, *flat: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        _again: Tensor,
+        text: str,
+        codes: Tensor | None,
+        codes_t: Tensor | None,
+        *flat: Tensor | None,
+    ) -> Tensor:
         parts, output = _split(flat), recipe_of(text).output
         assert output is not None
-        down, draws = parts[-1], [Draw(None, part.scales, part.maxima, known) for part in parts]
-        left, turned, _ = draws[0].both([x.reshape(-1, x.shape[-1])], output.left, "output", ACTIVATION)
+        down, draws = parts[-1], [part.draw for part in parts]
+        if codes is None or codes_t is None:
+            left, turned, _ = draws[0].both([x.reshape(-1, x.shape[-1])], output.left, "output", ACTIVATION)
+        else:
+            left, turned, _ = draws[0].made(codes, codes_t, output.left, ACTIVATION)
         for draw in draws[1:-1]:  # the same input, so the same maxima, in every step since the first
             draw.copy_note(draws[0], ACTIVATION)
         inner = [
@@ -101,17 +126,19 @@ class _LowBitMLP(torch.autograd.Function):
             for part in parts[:-1]
         ]
         name, hidden_codes = _ACTIVATIONS[len(parts)], None
-        if known:
+        if draws[0].known:
             hidden = coded(name, inner, output.left, draws[-1])
         else:
             ((value, amax),) = activate(name, *inner)
             hidden, hidden_t, _ = draws[-1].both([value], output.left, "output", ACTIVATION, False, amax)
             hidden_codes = hidden_t.codes.t()
         y = multiply(hidden, down.output_codes, down.output_scale, output, down.weight.dtype, down.bias)
-        backward = [tensor for part in parts for tensor in part[4:]]
+        backward = [
+            tensor for part in parts for tensor in (*part[4:6], *part[7:])
+        ]  # a `Draw.of_backward` and two of codes
         kept = (turned.codes.t(), turned.scale.t(), hidden_codes, hidden.scale)
         ctx.save_for_backward(*kept, *inner, *backward)
-        ctx.text, ctx.known, ctx.shape = text, known, x.shape
+        ctx.text, ctx.shape = text, x.shape
         ctx.biases = [None if part.bias is None else part.bias.dtype for part in parts]
         ctx.dtype = down.weight.dtype
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -120,8 +147,9 @@ class _LowBitMLP(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         count, recipe = len(ctx.biases), recipe_of(ctx.text)
         x_codes, x_scale, h_codes, h_scale, *rest = ctx.saved_tensors
-        inner, weights = rest[: count - 1], [rest[count - 1 + 4 * i :][:4] for i in range(count)]
-        draws = [Draw(None, scales, maxima, ctx.known) for _, _, scales, maxima in weights]
+        size = _SIZE - 5  # of what is kept of a part
+        inner, weights = rest[: count - 1], [rest[count - 1 + size * i :][:size] for i in range(count)]
+        draws = [Draw.of_backward(None, *delayed) for _, _, *delayed in weights]
         biased = [dtype is not None for dtype in ctx.biases]
         grad_NO = grad.reshape(-1, grad.shape[-1])
         left, rows, sums = gradient_codes(draws[-1], [grad_NO], recipe, (True, True), biased[-1])
@@ -132,7 +160,7 @@ class _LowBitMLP(torch.autograd.Function):
         codes, scale = weights[-1][:2]
         inputs = [multiply(left, codes, scale, recipe.grad_input, ctx.dtype), *inner]
         name, operand = _ACTIVATIONS[count] + "_backward", recipe.grad_input.left
-        if ctx.known:
+        if draws[0].known:
             assert recipe.output is not None
             hidden_t, made = coded_backward(name, inputs, recipe.output.left, draws[-1], operand, draws[:-1], biased[0])
             h_codes = hidden_t.t()
@@ -150,7 +178,7 @@ class _LowBitMLP(torch.autograd.Function):
             if ctx.needs_input_grad[i]:
                 codes, scale = weights[i][:2]
                 grads_x[i] = multiply(matrix, codes, scale, recipe.grad_input, ctx.dtype).view(ctx.shape)
-        return *grads_x, None, None, *grads
+        return *grads_x, None, None, None, *grads
 
 
 def _grad_weight(rows: Quantized, codes: Tensor, scale: Tensor, recipe: Recipe, dtype: torch.dtype) -> Tensor:

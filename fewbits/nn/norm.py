@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fewbits.formats import Format
+from fewbits.kernels import norm as kernel
 from fewbits.kernels.dispatch import fused, norm_execution
-from fewbits.kernels.norm import norm_backward, why_not
-from fewbits.nn.linear import unheard
-from fewbits.numerics.norm import layer_norm, rms_norm, statistics
-from fewbits.numerics.wide import wide_dtype, widen
+from fewbits.kernels.layouts import Known
+from fewbits.nn.linear import Linear, unheard
+from fewbits.nn.lowbit import Codes, activation_format
+from fewbits.numerics.norm import layer_norm, normalized, rms_norm, statistics
+from fewbits.numerics.wide import wide_dtype
 
 
 class LayerNorm(nn.LayerNorm):
@@ -39,31 +44,32 @@ class RMSNorm(nn.RMSNorm):
         return rms_norm(x, self.weight, eps) if twin is None else twin.rms_norm(x, self.weight, eps)
 
 
-class _AddNorm(torch.autograd.Function):
+class _Joined(torch.autograd.Function):
+    """A sum and its norm, made by others, as results of x, branch, weight and bias."""
+
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
-        branch: Tensor,
+        _x: Tensor,
+        _branch: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        eps: float,
-        centered: bool,
+        total: Tensor,
+        y: Tensor,
+        mean: Tensor | None,
+        rstd: Tensor,
         twice: bool,
     ) -> tuple[Tensor, ...]:
-        total = x + branch
-        mean, rstd = statistics(total, eps, centered)
-        normal = (widen(total) if mean is None else widen(total) - mean) * rstd * widen(weight)
         ctx.save_for_backward(total, weight, mean, rstd)
         ctx.biased = bias is not None
-        y = (normal if bias is None else normal + widen(bias)).to(total.dtype)
+        total, y = total.view_as(total), y.view_as(y)
         return (total, y, y.view_as(y)) if twice else (total, y)
 
     @staticmethod
     def backward(ctx: Any, along: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         total, weight, mean, rstd = ctx.saved_tensors
-        grad_total, by_weight, by_bias = norm_backward(grads, along, total, weight, mean, rstd)
-        return grad_total, grad_total, by_weight, by_bias if ctx.biased else None, None, None, None
+        grad_total, by_weight, by_bias = kernel.norm_backward(grads, along, total, weight, mean, rstd)
+        return grad_total, grad_total, by_weight, by_bias if ctx.biased else None, *(None,) * 5
 
 
 def add_norm(
@@ -72,23 +78,65 @@ def add_norm(
     """x + branch, and the layer norm of that, or the root-mean-square norm where it is not centered: for a compiler, which
     makes the forward pass one kernel and calls kernels/norm.py for the backward pass. twice: the norm for each of two who
     read it, so that their gradients are added up where they are read."""
-    return _AddNorm.apply(x, branch, weight, bias, eps, centered, twice)  # type: ignore[no-any-return, no-untyped-call]
+    with torch.no_grad():
+        total = x + branch
+        mean, rstd = statistics(total, eps, centered)
+        y = normalized(total, weight, bias, mean, rstd)
+    return _joined(x, branch, weight, bias, total, y, mean, rstd, twice)
 
 
-def joined(norm: LayerNorm | RMSNorm, x: Tensor, branch: Tensor, twice: bool = False) -> tuple[Tensor, ...]:
-    """x + branch, and the norm of that, twice for two who read it."""
-    together = (
-        torch.compiler.is_compiling()
-        and type(norm) in (LayerNorm, RMSNorm)  # a norm may have been replaced by another
+def add_norm_codes(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+    twice: bool,
+    scale: Tensor,
+    maximum: Tensor,
+    format: str,
+) -> tuple[Tensor, ...]:
+    """`add_norm` whose norm is NaN everywhere: it is not written and only carries gradients, while its codes [N, D] and [D, N]
+    come behind it, for a layer of few bits that reads nothing else. scale, maximum: what is
+    `Delayed` of that layer; format: of the codes, fp8."""
+    known = Known(scale, Format.parse(format), maximum)
+    with torch.no_grad():
+        total, codes, codes_t, mean, rstd = kernel.add_norm_codes(x, branch, weight, bias, eps, centered, known)
+        y = total.new_full((), math.nan).expand_as(total)
+    return *_joined(x, branch, weight, bias, total, y, mean, rstd, twice), codes, codes_t
+
+
+def _joined(*given: Any) -> tuple[Tensor, ...]:
+    return _Joined.apply(*given)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def joined(
+    norm: LayerNorm | RMSNorm, x: Tensor, branch: Tensor, twice: bool = False, reader: Linear | None = None
+) -> tuple[Tensor, Sequence[Tensor], Codes | None]:
+    """x + branch, the norm of that, twice for two who read it, and its codes, as `add_norm_codes` has them, where all who read
+    it take those that `reader` takes; None where they read values."""
+    kernels = (
+        type(norm) in (LayerNorm, RMSNorm)  # a norm may have been replaced by another
         and norm.weight is not None
         and len(norm.normalized_shape) == 1
         and norm_execution(x.device).value == "kernel"
         and x.dtype == branch.dtype == norm.weight.dtype
         and unheard(norm)
-        and not why_not(x)
+        and not kernel.why_not(x)
+        and norm.eps is not None
     )
-    if not together or norm.eps is None:
-        total = x + branch
-        y = norm(total)
-        return (total, y, y) if twice else (total, y)
-    return add_norm(x, branch, norm.weight, getattr(norm, "bias", None), norm.eps, isinstance(norm, LayerNorm), twice)
+    bias, centered = getattr(norm, "bias", None), isinstance(norm, LayerNorm)
+    given: tuple[Any, ...] = (x, branch, norm.weight, bias, norm.eps, centered, twice)
+    if kernels and reader is not None and reader.weight.dtype == x.dtype:
+        assert reader.history is not None
+        delayed = reader.history.delayed
+        given += (delayed.scale, delayed.maximum, activation_format(reader.recipe))
+        total, *normals, codes, codes_t = add_norm_codes(*given)
+        return total, normals, (codes, codes_t)
+    if kernels and torch.compiler.is_compiling():
+        total, *normals = add_norm(*given)
+        return total, normals, None
+    total = x + branch
+    y = norm(total)
+    return total, (y, y) if twice else (y,), None

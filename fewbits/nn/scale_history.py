@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +16,34 @@ ACTIVATION, WEIGHT, GRADIENT = range(3)
 """The roles of a layer's operands: rows of its history."""
 
 
+class Delayed(NamedTuple):
+    """What a layer with delayed scaling gives and takes, all fp32, and each a tensor of its own, because a compiled graph
+    copies one that both a forward and a backward pass change, and hands no part of one to a matmul.
+
+    maximum, grad_maximum: [1, 1], raised to the largest magnitude of the activation (of the weight, where it is quantized)
+    and of the gradient. largest: [3] by role, those of earlier steps; or, where they are known, scale, grad_scale: [1, 1],
+    scales that were made of them.
+    """
+
+    maximum: Tensor | None = None
+    grad_maximum: Tensor | None = None
+    largest: Tensor | None = None
+    scale: Tensor | None = None
+    grad_scale: Tensor | None = None
+
+
 class ScaleHistory:
     """Delayed scaling: the largest magnitudes of a layer's activation, weight and gradient over the last steps.
 
     Within a step, operands are scaled by the largest of the steps before it and the maxima of this one are noted (NVIDIA's
-    delayed scaling, as in Micikevicius et al. 2022). window: fp32 [3, steps], newest last; largest and maxima: fp32 [3].
+    delayed scaling, as in Micikevicius et al. 2022). window: fp32 [3, steps], newest last; largest: fp32 [3]; maxima:
+    fp32 [1, 1] by role.
     A maximum of 0 says nothing about a scale, no more than one that is not finite: the largest of the window joins it in its
     place, so that a role that once had a maximum always has one.
     From the first step on, all three lie in the tensors of a `ScaleStore`, which says when all of its largest are `known` to
     be there: compiled layers then write codes as they go, and need no look at the whole tensor first. limits: the largest
     number of the format that each role is in, 0 where its operands differ; where there are limits, what is known is known as
-    scales, fp32 [3], made for all layers at once.
+    scales, fp32 [1, 1] by role, made for all layers at once.
     """
 
     STEPS = 16
@@ -35,8 +52,8 @@ class ScaleHistory:
         self.window = torch.zeros(3, self.STEPS) if window is None else window
         self.limits = limits
         self.largest = torch.zeros(3)
-        self.scales = torch.zeros(3)
-        self.maxima = torch.zeros(3)
+        self.scales = [torch.zeros(1, 1) for _ in range(3)]
+        self.maxima = [torch.zeros(1, 1) for _ in range(3)]
         self.known = False
         self.store: ScaleStore | None = None
 
@@ -44,25 +61,36 @@ class ScaleHistory:
         return ScaleHistory, (self.window.clone(), self.limits)  # a copy of a layer looks back on its own
 
     @property
-    def looks_back(self) -> Tensor:
-        """What a layer takes of earlier steps, fp32 [3]: the scales where they are known, else the largest magnitudes."""
-        return self.scales if self.known else self.largest
+    def delayed(self) -> Delayed:
+        """What the matmuls of the layer give and take."""
+        notes = (self.maxima[ACTIVATION], self.maxima[GRADIENT])
+        if self.known:
+            return Delayed(*notes, None, self.scales[ACTIVATION], self.scales[GRADIENT])
+        return Delayed(*notes, self.largest)
+
+    @property
+    def of_weight(self) -> Delayed:
+        """What quantizing the weight gives and takes."""
+        return Delayed(self.maxima[WEIGHT], None, self.largest)
 
 
 class ScaleStore:
     """The histories of many layers in one tensor a kind, so that a step begins and ends in a handful of launches for all of
-    them: fp32 window [layers, 3, steps], largest, scales and maxima [layers, 4] (16 bytes from one layer to the next, without
-    which a compiled graph would copy them; the fourth number is not used)."""
+    them: fp32 window [layers, 3, steps], largest [layers, 4], scales and maxima [layers, 4, 4] (16 bytes from one tensor of a
+    layer to the next, without which a compiled graph would copy them; what lies between is not used)."""
 
     def __init__(self, histories: list[ScaleHistory], device: torch.device) -> None:
         self.histories = histories
         self.window = torch.stack([history.window.to(device) for history in histories])
-        self.largest, self.scales, self.maxima = torch.zeros(3, len(histories), 4, device=device)
+        self.largest = torch.zeros(len(histories), 4, device=device)
+        self.scales, self.maxima = torch.zeros(2, len(histories), 4, 4, device=device)
         for i, history in enumerate(histories):
             history.store, history.window = self, self.window[i]
             # .data counts changes of its own: autograd keeps maxima, and another layer's note is no change of this one's
-            history.largest, history.maxima = self.largest[i, :3].data, self.maxima[i, :3].data
-            history.scales = self.scales[i, :3].data
+            history.largest = self.largest[i, :3].data
+            history.scales, history.maxima = (
+                [places[i, role, :1].view(1, 1).data for role in range(3)] for places in (self.scales, self.maxima)
+            )
         self._know(False)
         limited = all(all(history.limits) for history in histories)
         self._watching = limited and layouts_execution(device).value == "kernel"  # others gain nothing by it
@@ -87,12 +115,14 @@ class ScaleStore:
         self._looked = False
         self.largest[:, :3].copy_(self.window.amax(2))
         self.maxima.zero_()
+        places = self.scales[:, :, 0]
         for limit in self._formats if self.known else ():
-            self.scales.copy_(torch.where(self._limits == limit, power_of_two_scale(self.largest, limit), self.scales))
+            places.copy_(torch.where(self._limits == limit, power_of_two_scale(self.largest, limit), places))
 
     def end(self) -> None:
         """A step is over: its maxima join the windows, but for those that are not finite, or 0."""
-        size = torch.where(self.maxima.isfinite() & (self.maxima > 0), self.maxima, self.largest)[:, :3]
+        maxima = self.maxima[:, :, 0]
+        size = torch.where(maxima.isfinite() & (maxima > 0), maxima, self.largest)[:, :3]
         self.window.copy_(torch.cat((self.window[:, :, 1:], size.unsqueeze(2)), 2))
 
     def look(self) -> None:

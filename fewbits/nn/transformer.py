@@ -16,9 +16,9 @@ from fewbits.nn.attention import Attention, document_mask, rotary_table
 from fewbits.nn.embedding import Embedding
 from fewbits.nn.head import compiled_pieces, loss_sum
 from fewbits.nn.linear import FORMAT_OF, Linear, linear, unheard
-from fewbits.nn.lowbit import let_compilers_in
+from fewbits.nn.lowbit import Codes, let_compilers_in
 from fewbits.nn.mlp import mlp, together
-from fewbits.nn.norm import LayerNorm, RMSNorm, add_norm, joined
+from fewbits.nn.norm import LayerNorm, RMSNorm, add_norm, add_norm_codes, joined
 from fewbits.numerics.activation import gelu
 from fewbits.numerics.loss import Pieces
 from fewbits.numerics.wide import widen
@@ -164,12 +164,20 @@ class MLP(nn.Module):
         self.gate = Linear(config.n_embd, config.ff, bias=config.bias) if config.activation == "swiglu" else None
         self.down = Linear(config.ff, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, again: Tensor | None = None) -> Tensor:
-        """x [..., D] -> [..., D]. again: x for who reads it second, where the gradients of the two are wanted apart."""
-        layers = (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
+    def _layers(self) -> tuple[Linear, ...]:
+        return (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
+
+    def reader(self) -> Linear | None:
+        """The layer whose codes of x `forward` takes now, if it takes any."""
+        first, *_ = layers = self._layers()
+        return first if together(layers) and first.takes_codes() else None
+
+    def forward(self, x: Tensor, again: Tensor | None = None, codes: Codes | None = None) -> Tensor:
+        """x [..., D] -> [..., D]. again: x for who reads it second, where the gradients of the two are wanted apart. codes:
+        those of x for the `reader`."""
         again = x if again is None else again
-        if together(layers, x):
-            return mlp(layers, x, again)
+        if x.numel() and together(layers := self._layers()):
+            return mlp(layers, x, again, codes)
         if self.gate is None:
             up = self.up(x)
             twin = fused(up)
@@ -181,6 +189,15 @@ def _norm(config: ModelConfig) -> LayerNorm | RMSNorm:
     if config.norm == "layernorm":
         return LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
     return RMSNorm(config.n_embd, eps=config.norm_eps)
+
+
+def _reader(module: nn.Module) -> Linear | None:
+    """The layer that may have codes of what a module reads; none in a module that replaced ours or that somebody listens to."""
+    return module.reader() if type(module) in (Attention, MLP) and unheard(module) else None  # type: ignore[operator]
+
+
+def _coded(codes: Codes | None) -> dict[str, Codes]:
+    return {} if codes is None else {"codes": codes}
 
 
 class Block(nn.Module):
@@ -209,17 +226,22 @@ class Block(nn.Module):
         self, x: Tensor, branch: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """`opened` of x + branch."""
-        x, normal = joined(self.norm1, x, branch)
-        return self._branches(x, normal, rotary, mask)
+        x, (normal,), codes = joined(self.norm1, x, branch, reader=_reader(self.attention))
+        return self._branches(x, normal, rotary, mask, codes)
 
     def _branches(
-        self, x: Tensor, normal: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None
+        self,
+        x: Tensor,
+        normal: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        codes: Codes | None = None,
     ) -> tuple[Tensor, Tensor]:
-        branch = self._drop(self.attention(normal, rotary, mask))
+        branch = self._drop(self.attention(normal, rotary, mask, **_coded(codes)))
         # a layer may have been replaced, and who listens to it hears one input and the whole of its gradient
         twice = type(self.mlp) is MLP and self.mlp.gate is not None and unheard(self.mlp)
-        x, *normals = joined(self.norm2, x, branch, twice)
-        return x, self._drop(self.mlp(*normals))
+        x, normals, codes = joined(self.norm2, x, branch, twice, _reader(self.mlp))
+        return x, self._drop(self.mlp(*normals, **_coded(codes)))
 
     def _drop(self, x: Tensor) -> Tensor:
         return nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
@@ -258,11 +280,11 @@ def _train_stack(
     x, branch = first.opened(x, rotary, mask)  # type: ignore[operator]
     for block in others:
         x, branch = block.join(x, branch, rotary, mask)  # type: ignore[operator]
-    return joined(norm, x, branch)[1]
+    return joined(norm, x, branch)[1][0]
 
 
 def _train_norm(norm: LayerNorm | RMSNorm, x: Tensor, branch: Tensor | None = None) -> Tensor:
-    return norm(x) if branch is None else joined(norm, x, branch)[1]
+    return norm(x) if branch is None else joined(norm, x, branch)[1][0]
 
 
 def _evaluate_block(block: Block, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
@@ -334,6 +356,7 @@ class Transformer(nn.Module):
             emulated(FORMAT_OF[weight.dtype], weight.device.type)  # asked for now: a compiler cannot
         norm_execution(self.head_weight.device)
         let_compilers_in(add_norm)
+        let_compilers_in(add_norm_codes)
         self._run_train = torch.compile(_train_block, dynamic=False)
         self._run_joining = torch.compile(_train_joining, dynamic=False)
         low_bit = any(getattr(module, "recipe", "") for module in self.blocks.modules())

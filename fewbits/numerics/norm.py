@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbits.formats import Format
+from fewbits.numerics.quantize import encode_both
 from fewbits.numerics.wide import widen
 
 
@@ -54,10 +56,9 @@ class _LayerNorm(torch.autograd.Function):
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = widen(x)
-        _, rstd = statistics(wide, eps, False)
+        _, rstd = statistics(x, eps, False)
         ctx.save_for_backward(x, weight, rstd)
-        return (wide * rstd * widen(weight)).to(x.dtype)
+        return normalized(x, weight, None, None, rstd)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -74,6 +75,33 @@ def statistics(x: Tensor, eps: float, centered: bool) -> tuple[Tensor | None, Te
         return None, torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     variance, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)
     return mean, torch.rsqrt(variance + eps)
+
+
+def normalized(x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor | None, rstd: Tensor) -> Tensor:
+    """The norm of x [..., D] in its dtype, of the `statistics` of x."""
+    normal = (widen(x) if mean is None else widen(x) - mean) * rstd * widen(weight)
+    return (normal if bias is None else normal + widen(bias)).to(x.dtype)
+
+
+def add_norm_codes(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+    scale: Tensor,
+    format: Format,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Of x + branch [R, D] the norm, as fp8 codes under a scale, a power of two, fp32 [1, 1], instead of its values.
+
+    Returns the sum, codes [R, D] and [D, R] of its norm as the dtype of x rounds it, the largest magnitude of that, fp32
+    [1, 1], and the `statistics` of the sum.
+    """
+    total = x + branch
+    mean, rstd = statistics(total, eps, centered)
+    codes, codes_t, _, amax = encode_both([normalized(total, weight, bias, mean, rstd)], scale, format)
+    return total, codes, codes_t, amax, mean, rstd
 
 
 def norm_backward(

@@ -6,6 +6,7 @@ and fp6 in float8_e4m3fn, int4 and binary in int8): one element a code, not pack
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -175,10 +176,11 @@ def encode_both(parts: Sequence[Tensor], scale: Tensor, format: Format) -> tuple
     """Codes of matrices side by side under one scale, a power of two, and what their matmuls want beside them.
 
     parts: [R, C_i] of one dtype, a matrix [R, C]; scale: fp32 [1, 1]; format: fp8. Returns codes [R, C] and [C, R], each row
-    by row, the sums of the columns in fp32, [C], and the largest magnitude, fp32 [1, 1].
+    by row, in which an infinity is NaN, because saturating must not hide it; the sums of the columns in fp32, [C], and the
+    largest magnitude, fp32 [1, 1].
     """
     x = torch.cat(tuple(parts), 1)
-    codes = encode(x, scale, format, Granularity(), scales="delayed")
+    codes = encode(x.where(x.isfinite(), math.nan), scale, format, Granularity(), scales="delayed")
     return codes, codes.t().contiguous(), x.float().sum(0), block_amax(x, Granularity())
 
 

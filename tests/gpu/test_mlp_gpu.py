@@ -11,7 +11,7 @@ from fewbits.choice import Choice
 from fewbits.formats import Format
 from fewbits.kernels import activation as kernel
 from fewbits.kernels import dispatch
-from fewbits.kernels.layouts import encode_both, turn
+from fewbits.kernels.layouts import Known, encode_both, turn
 from fewbits.nn.lowbit import held_weights
 from fewbits.nn.scale_history import scales_known
 from fewbits.numerics import activation as definition
@@ -35,6 +35,11 @@ def inputs(name: str, shape: tuple[int, int], dtype: torch.dtype = torch.bfloat1
     return found
 
 
+def noted(scale: torch.Tensor, fmt: Format) -> Known:
+    """With a maximum of its own."""
+    return Known(scale, fmt, torch.zeros(1, 1, device="cuda"))
+
+
 @pytest.mark.parametrize("name", kernel.NAMES)
 def test_values_maxima_and_codes_are_those_of_the_definition(name):
     """Values within fp32, which the sizes of the inputs bound as in tests/kernels; what is made of the values exactly."""
@@ -48,45 +53,46 @@ def test_values_maxima_and_codes_are_those_of_the_definition(name):
             bound = 2.0**-7 * want.float().abs() + 2.0**-16 * size + 2.0**-24
             assert bool(((y.float() - want.float()).abs() <= bound).all())
         scales = [power_of_two_scale(amax, fmt.max) * 2.0 ** (9 - 12 * i) for i, (_, amax) in enumerate(found)]
-        known = [kernel.Known(scale, fmt) for scale in scales]
+        known = [noted(scale, fmt) for scale in scales]
         if not name.endswith("backward"):
-            codes, amax = kernel.activate_codes(name, known[0], *given)
-            wanted_codes = quantize.encode_both([found[0][0]], *known[0])[0]
+            codes = kernel.activate_codes(name, known[0], *given)
+            wanted_codes = quantize.encode_both([found[0][0]], *known[0][:2])[0]
             assert torch.equal(codes.view(torch.uint8), wanted_codes.view(torch.uint8))
-            assert torch.equal(amax, found[0][1])
+            assert float(known[0].maximum) == float(found[0][1])
             continue
-        hidden = kernel.Known(scales[0] * 2.0**5, Format.parse("fp8_e4m3"))
-        hidden_t, coded = kernel.activate_backward(name, hidden, known, True, *given)
-        its = kernel.activate_codes(name.removesuffix("_backward"), hidden, *given[1:])[0]
+        hidden = noted(scales[0] * 2.0**5, Format.parse("fp8_e4m3"))
+        hidden_t, coded = kernel.activate_backward(name, *hidden[:2], known, True, *given)
+        its = kernel.activate_codes(name.removesuffix("_backward"), hidden, *given[1:])
         assert torch.equal(hidden_t.view(torch.uint8), its.view(torch.uint8).t().contiguous())
-        for (y, amax), scale, one in zip(found, scales, coded, strict=True):
+        for (y, amax), (scale, _, maximum), one in zip(found, known, coded, strict=True):
             codes, codes_t, sums, _ = quantize.encode_both([y], scale, fmt)
             assert torch.equal(one.codes.view(torch.uint8), codes.view(torch.uint8))
             assert torch.equal(one.codes_t.view(torch.uint8), codes_t.view(torch.uint8))
-            assert torch.equal(one.amax, amax) and one.sums is not None
+            assert float(maximum) == float(amax) and one.sums is not None
             assert bool(((one.sums - sums).abs() <= 2.0**-23 * shape[0] * y.float().abs().sum(0)).all())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_value_that_is_not_finite_shows_in_every_largest_magnitude(value):
+def test_a_value_that_is_not_finite_shows_in_its_codes_and_the_largest_magnitude(value):
     """Every fourth row of a tile is read by itself."""
-    known = kernel.Known(torch.ones(1, 1, device="cuda"), Format.parse("fp8_e4m3"))
+    fmt, one = Format.parse("fp8_e4m3"), torch.ones(1, 1, device="cuda")
     for row in range(60, 64):
         for name in kernel.NAMES:
             given = inputs(name, (256, 128))
             given[0][row, 80] = value
             for x in given[1:]:
                 x[row, 80] = 0.5
+            known = [noted(one, fmt) for _ in range(kernel.NAMES[name][1])]
             if name.endswith("backward"):
-                found = [
-                    one.amax
-                    for one in kernel.activate_backward(name, known, [known] * kernel.NAMES[name][1], False, *given)[1]
-                ]
+                made = [c.codes for c in kernel.activate_backward(name, one, fmt, known, False, *given)[1]]
             else:
-                found = [kernel.activate_codes(name, known, *given)[1]]
-            assert not any(bool(amax.isfinite()) for amax in found), (name, row)
-        amax = encode_both([given[0]], known.scale, known.format, maximum=True)[3]
-        assert amax is not None and not bool(amax.isfinite())
+                made = [kernel.activate_codes(name, *known, *given)]
+            assert all(codes.float().isnan().nonzero().tolist() == [[row, 80]] for codes in made), (name, row)
+            assert not any(bool(one.maximum.isfinite()) for one in known), (name, row)
+        known = noted(one, fmt)
+        codes, codes_t, _ = encode_both([given[0]], one, fmt, maximum=known.maximum)
+        assert codes.float().isnan().nonzero().tolist() == codes_t.t().float().isnan().nonzero().tolist() == [[row, 80]]
+        assert not bool(known.maximum.isfinite())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (130, 3), (131, 70), (80, 144), (2048, 768), (16384, 2560)])

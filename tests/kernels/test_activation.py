@@ -8,6 +8,7 @@ from interpreter import INTERPRETED
 
 from fewbits.formats import Format
 from fewbits.kernels import activation as kernel
+from fewbits.kernels.layouts import Known
 from fewbits.numerics import activation as definition
 from fewbits.numerics import quantize
 from fewbits.numerics.scaling import power_of_two_scale
@@ -57,6 +58,11 @@ def test_values_are_those_of_the_definition_and_the_largest_magnitude_is_theirs(
             assert bool(((y.float() - want.float()).abs() <= bound).all())
 
 
+def noted(scale: torch.Tensor, fmt: Format) -> Known:
+    """With a maximum of its own."""
+    return Known(scale, fmt, torch.zeros(1, 1))
+
+
 FORWARD = [name for name in kernel.NAMES if not name.endswith("backward")]
 FORMATS = [Format.parse("fp8_e4m3"), Format.parse("fp8_e5m2")]
 
@@ -69,9 +75,11 @@ def test_codes_of_an_activation_are_those_of_its_values_bit_for_bit(name, fmt):
         ((y, amax),) = kernel.activate(name, *given)
         for factor in (2.0**9, 2.0**-3):  # one scale leaves range idle and the other saturates, as delayed ones may
             scale = power_of_two_scale(amax, fmt.max) * factor
-            codes, largest = kernel.activate_codes(name, kernel.Known(scale, fmt), *given)
+            known = noted(scale, fmt)
+            codes = kernel.activate_codes(name, known, *given)
             wanted = quantize.encode_both([y], scale, fmt)[0]
-            assert torch.equal(codes.view(torch.uint8), wanted.view(torch.uint8)) and torch.equal(largest, amax)
+            assert torch.equal(codes.view(torch.uint8), wanted.view(torch.uint8))
+            assert float(known.maximum) == float(amax)
 
 
 @pytest.mark.parametrize("name", FORWARD)
@@ -80,39 +88,41 @@ def test_a_backward_pass_gives_codes_of_its_values_and_again_those_of_the_activa
     for shape in SHAPES:
         grad, *given = inputs(name + "_backward", shape, torch.bfloat16)
         ((y, amax),) = kernel.activate(name, *given)
-        hidden = kernel.Known(power_of_two_scale(amax, of_hidden.max) * 2.0**-3, of_hidden)
+        hidden = (power_of_two_scale(amax, of_hidden.max) * 2.0**-3, of_hidden)
         values = kernel.activate(name + "_backward", grad, *given)
         scales = [power_of_two_scale(amax, fmt.max) * 2.0 ** (9 - 12 * i) for i, (_, amax) in enumerate(values)]
-        known = [kernel.Known(scale, fmt) for scale in scales]
-        hidden_t, coded = kernel.activate_backward(name + "_backward", hidden, known, True, grad, *given)
+        known = [noted(scale, fmt) for scale in scales]
+        hidden_t, coded = kernel.activate_backward(name + "_backward", *hidden, known, True, grad, *given)
         wanted_t = quantize.encode_both([y], *hidden)[1]
         assert torch.equal(hidden_t.view(torch.uint8), wanted_t.view(torch.uint8)) and hidden_t.is_contiguous()
-        for (y, amax), scale, one in zip(values, scales, coded, strict=True):
+        for (y, amax), (scale, _, maximum), one in zip(values, known, coded, strict=True):
             codes, codes_t, sums, _ = quantize.encode_both([y], scale, fmt)
             assert torch.equal(one.codes.view(torch.uint8), codes.view(torch.uint8))
             assert torch.equal(one.codes_t.view(torch.uint8), codes_t.view(torch.uint8)) and one.codes_t.is_contiguous()
-            assert torch.equal(one.amax, amax)
+            assert float(maximum) == float(amax)
             bound = 2.0**-23 * shape[0] * y.float().abs().sum(0)  # R roundings of fp32, of two orders of one sum
             assert one.sums is not None and bool(((one.sums - sums).abs() <= bound).all())
-        _, others = kernel.activate_backward(name + "_backward", hidden, known, False, grad, *given)
+        _, others = kernel.activate_backward(name + "_backward", *hidden, known, False, grad, *given)
         assert all(one.sums is None for one in others)
 
 
 @pytest.mark.parametrize("name", kernel.NAMES)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_value_that_is_not_finite_shows_in_the_largest_magnitude(name, value):
+def test_a_value_that_is_not_finite_shows_in_its_codes_and_the_largest_magnitude(name, value):
     given = inputs(name, (70, 90), torch.bfloat16)
     given[0][60, 80] = value
     for x in given[1:]:
         x[60, 80] = 0.5
     for _, amax in kernel.activate(name, *given):
         assert not bool(amax.isfinite())
-    known = kernel.Known(torch.ones(1, 1), FORMATS[0])
+    known = [noted(torch.ones(1, 1), FORMATS[0]) for _ in range(kernel.NAMES[name][1])]
     if name in FORWARD:
-        assert not bool(kernel.activate_codes(name, known, *given)[1].isfinite())
+        made = [kernel.activate_codes(name, *known, *given)]
     else:
-        _, coded = kernel.activate_backward(name, known, [known] * kernel.NAMES[name][1], False, *given)
-        assert not any(bool(one.amax.isfinite()) for one in coded)
+        _, coded = kernel.activate_backward(name, *known[0][:2], known, False, *given)
+        made = [one.codes for one in coded] + [one.codes_t.t() for one in coded]
+    assert all(codes.float().isnan().nonzero().tolist() == [[60, 80]] for codes in made)
+    assert not any(bool(one.maximum.isfinite()) for one in known)
 
 
 @pytest.mark.parametrize("x", [-3e38, -1e10, -31.0, 31.0, 1e10, 3e38])

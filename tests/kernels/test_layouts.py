@@ -56,12 +56,13 @@ def assert_defined(parts: Sequence[torch.Tensor], scale: torch.Tensor, fmt: Form
     # 128 numbers in a tile, then the tiles: at most R roundings of fp32, each 2^-24 of a sum of magnitudes
     bound = 2.0**-24 * len(wanted) * sum(torch.cat(parts, 1).float().abs())
     for with_sums, with_amax in itertools.product((False, True), repeat=2):
-        codes, codes_t, sums, amax = layouts.encode_both(parts, scale, fmt, with_sums, with_amax)
+        maximum = torch.zeros(1, 1) if with_amax else None
+        codes, codes_t, sums = layouts.encode_both(parts, scale, fmt, with_sums, maximum)
         same(codes, wanted)
         same(codes_t, wanted_t)
-        assert (sums is None, amax is None) == (not with_sums, not with_amax)
+        assert (sums is None) == (not with_sums)
         assert sums is None or bool(((sums - wanted_sums).abs() <= 2 * bound).all())
-        assert amax is None or torch.equal(amax, wanted_amax)
+        assert maximum is None or torch.equal(maximum, wanted_amax)
 
 
 # read where they lie by tiles of 128 columns, of 64 (grouped heads), or not at all: only the last may end anywhere
@@ -86,7 +87,7 @@ def test_matrices_side_by_side_give_the_codes_of_the_one_that_they_are(format, w
 def test_matrices_are_put_side_by_side_only_where_a_tile_would_lie_in_two(widths, monkeypatch):
     joined, cat = [], torch.cat
     monkeypatch.setattr(torch, "cat", lambda *given: joined.append(given) or cat(*given))
-    for maximum in (False, True):
+    for maximum in (None, torch.zeros(1, 1)):
         layouts.encode_both([matrix((2, width)) for width in widths], torch.ones(1, 1), E4M3, maximum=maximum)
     assert len(joined) == (0 if all(width % 64 == 0 for width in widths[:-1]) else 2)
 
@@ -96,25 +97,33 @@ def test_more_matrices_than_a_kernel_reads_are_put_side_by_side():
 
 
 @pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.parametrize("early", [False, True])
-def test_dispatch_takes_all_matrices_side_by_side_in_compiled_code_too(early, traced, monkeypatch):
-    """Under a scale that is known early a compiler writes the codes of one matrix itself, of several the kernel."""
+def test_dispatch_takes_all_matrices_side_by_side_in_compiled_code_too(traced, monkeypatch):
     monkeypatch.setitem(dispatch._choices, ("both layouts of fp8 codes", "cpu"), Choice("kernel", "a test"))
     monkeypatch.setattr(dispatch, "_traced", lambda _: traced)
     parts, scale = [matrix((3, 64)), matrix((3, 40))], torch.ones(1, 1)
-    found = dispatch.encode_both(parts, scale, E4M3, Granularity(), "nearest-even", 0, "delayed", early=early)
+    found = dispatch.encode_both(parts, scale, E4M3, Granularity(), "nearest-even", 0, "delayed")
     wanted, wanted_t, *_ = definition.encode_both(parts, scale, E4M3)
     same(found.matrix.codes, wanted)
     same(found.transpose.codes, wanted_t)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_in_any_part_shows_in_the_largest_magnitude(value):
+def test_what_is_not_finite_in_any_part_is_nan_in_its_codes_and_shows_in_the_largest_magnitude(value):
     for spoilt, row in ((0, 60), (1, 61), (2, 62), (2, 63)):  # every fourth row is a tile of its own
         parts = [matrix((70, 64)) for _ in range(3)]
         parts[spoilt][row, 40] = value
-        amax = layouts.encode_both(parts, torch.ones(1, 1), E4M3, maximum=True)[3]
-        assert amax is not None and not bool(amax.isfinite())
+        maximum = torch.full((1, 1), 3.0)
+        codes, codes_t, _ = layouts.encode_both(parts, torch.ones(1, 1), E4M3, maximum=maximum)
+        assert not bool(maximum.isfinite())
+        assert codes.float().isnan().nonzero().tolist() == [[row, 64 * spoilt + 40]]
+        same(codes_t, codes.t().contiguous())
+
+
+def test_a_maximum_is_raised_and_never_lowered():
+    maximum = torch.full((1, 1), 7.0)
+    for value, wanted in ((3.0, 7.0), (-9.0, 9.0), (0.0, 9.0)):
+        layouts.encode_both([torch.full((2, 2), value)], torch.ones(1, 1), E4M3, maximum=maximum)
+        assert float(maximum) == wanted
 
 
 def test_a_part_that_lies_column_by_column_is_taken_too():

@@ -1,12 +1,16 @@
-"""The gradients of a norm by one kernel are those of the definition (in Triton's interpreter), and those of autograd."""
+"""Norms by kernels, forward to codes and backward, are those of the definition (in Triton's interpreter), and of autograd."""
+
+import math
 
 import pytest
 import torch
 from interpreter import INTERPRETED
 
+from fewbits.formats import Format
 from fewbits.kernels import norm as kernel
 from fewbits.kernels import norm_triton
-from fewbits.nn.norm import LayerNorm, RMSNorm, add_norm
+from fewbits.kernels.layouts import Known
+from fewbits.nn.norm import LayerNorm, RMSNorm, add_norm, add_norm_codes
 from fewbits.numerics import norm as definition
 
 pytestmark = INTERPRETED
@@ -38,6 +42,45 @@ def test_gradients_are_those_of_the_definition(centered, dtype, count):
             if one is not None and other is not None:
                 assert one.dtype == dtype and one.shape == other.shape
                 torch.testing.assert_close(one, other, rtol=unit, atol=2.0**-18)
+
+
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("format", ["fp8_e4m3", "fp8_e5m2"])
+def test_a_sum_its_statistics_and_the_codes_of_its_norm_are_those_of_the_definition(centered, biased, format):
+    fmt = Format.parse(format)
+    for shape in (*SHAPES, (130, 70), (128, 64), (2, 300)):
+        for dtype in (torch.float32, torch.float16):  # bf16 the interpreter cuts instead of rounding
+            x, branch, bias, weight = inputs(shape, dtype)
+            bias = bias.flatten()[: shape[-1]] if biased else None
+            rows = [tensor.flatten(0, -2) for tensor in (x, branch)]
+            scale = torch.full((1, 1), 2.0**-6)
+            wanted = definition.add_norm_codes(*rows, weight, bias, 1e-5, centered, scale, fmt)
+            known = Known(scale, fmt, torch.zeros(1, 1))
+            found = kernel.add_norm_codes(x, branch, weight, bias, 1e-5, centered, known)
+            total, codes, codes_t, mean, rstd = found
+            assert torch.equal(total, x + branch) and total.dtype == dtype
+            assert torch.equal(codes_t.view(torch.uint8), codes.view(torch.uint8).t()) and codes_t.is_contiguous()
+            values, others = codes.float() * scale, wanted[1].float() * scale
+            # fp32 sums in another order move a value by a few of its roundings, and that now and then to the next code
+            step = 2.0**-2 if format == "fp8_e5m2" else 2.0**-3
+            assert bool(((values - others).abs() <= step * others.abs() + 2.0**-14).all())
+            assert float((values != others).float().mean()) <= 0.01
+            torch.testing.assert_close(known.maximum, wanted[3], rtol=2.0**-9, atol=2.0**-18)
+            assert (mean is None) == (wanted[4] is None) == (not centered)
+            for mine, theirs in ((mean, wanted[4]), (rstd, wanted[5])):
+                if mine is not None:
+                    assert mine.shape == (*shape[:-1], 1)
+                    torch.testing.assert_close(mine.view(-1), theirs.view(-1), rtol=2.0**-18, atol=2.0**-20)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_is_nan_in_its_codes_and_in_the_note(value):
+    x, branch, bias, weight = inputs((9, 130), torch.float32)
+    x[6, 100] = value
+    known = Known(torch.ones(1, 1), Format.parse("fp8_e4m3"), torch.zeros(1, 1))
+    codes = kernel.add_norm_codes(x, branch, weight, bias[0], 1e-5, True, known)[1]
+    assert codes.float().isnan().any(1).nonzero().tolist() == [[6]] and not bool(known.maximum.isfinite())
 
 
 def test_totals_are_those_of_any_number_of_programs():
@@ -80,6 +123,30 @@ def test_a_sum_and_its_norm_as_one_are_the_two(norm, twice):
         loss = total.sin() + y.cos() + sum(z, torch.zeros(())).exp()
         parameters = [x, branch, *norm.parameters()]
         found.append((total, y, *torch.autograd.grad(loss.sum(), parameters)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=2.0**-18, atol=2.0**-16)
+
+
+@pytest.mark.parametrize("norm", [LayerNorm(64), RMSNorm(64, eps=1e-6)], ids=str)
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_norm_that_is_codes_has_the_gradients_of_one_that_is_values(norm, twice):
+    """Its values are NaN: whoever read them by mistake would know."""
+    torch.nn.init.normal_(norm.weight)
+    found = []
+    for codes in (True, False):
+        x, branch = (tensor.requires_grad_() for tensor in inputs((2, 7, 64), torch.float32)[:2])
+        given = (x, branch, norm.weight, getattr(norm, "bias", None), norm.eps, isinstance(norm, LayerNorm), twice)
+        if codes:
+            maximum = torch.zeros(1, 1)
+            scale = torch.full((1, 1), 2.0**-6)
+            total, *normals, matrix, transpose = add_norm_codes(*given, scale, maximum, "fp8_e4m3")
+            assert matrix.shape == (14, 64) and transpose.shape == (64, 14) and float(maximum) > 0
+            assert not matrix.requires_grad and all(bool(y.isnan().all()) for y in normals)
+        else:
+            total, *normals = add_norm(*given)
+        grads = [torch.ones_like(total), *(torch.full((2, 7, 64), 2.0**-i) for i, _ in enumerate(normals))]
+        parameters = [x, branch, *norm.parameters()]
+        found.append((total, *torch.autograd.grad([total, *normals], parameters, grads)))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=2.0**-18, atol=2.0**-16)
 

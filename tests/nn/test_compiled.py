@@ -46,7 +46,7 @@ def test_a_compiler_takes_norms_whose_gradients_are_made_by_one_call(config, mon
     called = []
     monkeypatch.setitem(dispatch._choices, ("gradients of norms", "cpu"), Choice("kernel", "a test"))
     monkeypatch.setattr(
-        norm, "norm_backward", lambda grads, *rest: (called.append(len(grads)), norm_definition(grads, *rest))[1]
+        norm.kernel, "norm_backward", lambda grads, *rest: (called.append(len(grads)), norm_definition(grads, *rest))[1]
     )
     ids = torch.randint(61, (4, 17), generator=torch.Generator().manual_seed(0))
     micro_batch = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
@@ -112,7 +112,7 @@ class Doubled(norm.RMSNorm):
 @pytest.mark.parametrize("replaced", ["mlp", "weightless", "subclass"])
 def test_a_compiler_takes_what_was_put_in_place_of_layers_as_it_is(replaced, monkeypatch):
     monkeypatch.setitem(dispatch._choices, ("gradients of norms", "cpu"), Choice("kernel", "a test"))
-    monkeypatch.setattr(norm, "norm_backward", norm_definition)
+    monkeypatch.setattr(norm.kernel, "norm_backward", norm_definition)
     torch._dynamo.reset()
     block = Transformer(LLAMA).blocks[0]
     if replaced == "mlp":

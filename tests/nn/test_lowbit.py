@@ -14,7 +14,15 @@ from fewbits.choice import Choice
 from fewbits.kernels import dispatch
 from fewbits.nn.linear import Linear
 from fewbits.nn.lowbit import held_weights, hold, limits, recipe_of
-from fewbits.nn.scale_history import ScaleHistory, ScaleStore, load_scale_history, scale_history, scales_known
+from fewbits.nn.scale_history import (
+    ACTIVATION,
+    GRADIENT,
+    ScaleHistory,
+    ScaleStore,
+    load_scale_history,
+    scale_history,
+    scales_known,
+)
 from fewbits.precision.recipe import RECIPES, Recipe
 
 CONFIG = ModelConfig(
@@ -184,7 +192,8 @@ def test_the_histories_of_all_layers_begin_and_end_a_step_as_each_would_alone():
     with held_weights(model):
         for i, history in enumerate(histories):
             assert torch.equal(history.largest, before[i].amax(1))
-            history.maxima.copy_(noted[i])
+            for place, value in zip(history.maxima, noted[i], strict=True):
+                place.fill_(value)
     for i, history in enumerate(histories):
         newest = torch.where(noted[i].isfinite(), noted[i], before[i].amax(1))
         assert torch.equal(history.window, torch.cat((before[i, :, 1:], newest.view(3, 1)), 1))
@@ -236,7 +245,8 @@ FP8 = (448.0, 448.0, 57344.0)
 def take_step(store: ScaleStore, *maxima: float) -> None:
     store.begin()
     for history, value in zip(store.histories, maxima, strict=True):
-        history.maxima.fill_(value)
+        for place in history.maxima:
+            place.fill_(value)
     store.end()
 
 
@@ -288,11 +298,16 @@ def test_known_scales_are_those_of_the_largest_of_the_window_in_the_format_of_ea
     store = ScaleStore.of([ScaleHistory(limits=FP8), ScaleHistory(limits=(6.0, 448.0, 448.0))], torch.device("cpu"))
     for i in range(5):
         for history in store.histories:
-            assert history.looks_back is (history.scales if store.known else history.largest)
+            scales, maxima = ((places[ACTIVATION], places[GRADIENT]) for places in (history.scales, history.maxima))
+            wanted = (*maxima, *((None, *scales) if store.known else (history.largest, None, None)))
+            assert all(one is other for one, other in zip(history.delayed, wanted, strict=True))
         take_step(store, 3.0 - i / 8, 1000.0)
     first, second = store.histories
-    assert first.known and first.scales.tolist() == [2.0**-7, 2.0**-7, 2.0**-14]  # 3 / 448 and 3 / 57,344, rounded up
-    assert second.scales.tolist() == [2.0**8, 2.0**2, 2.0**2]
+    assert first.known
+    for history, wanted in ((first, [2.0**-7, 2.0**-7, 2.0**-14]), (second, [2.0**8, 2.0**2, 2.0**2])):
+        assert [scale.tolist() for scale in history.scales] == [[[one]] for one in wanted]  # 3 / 448 and 3 / 57,344, up
+        # where compiled graphs take them without a copy
+        assert all(place.storage_offset() * 4 % 16 == 0 for place in (*history.scales, *history.maxima))
 
 
 def test_limits_are_the_largest_numbers_of_the_formats_of_the_roles():
@@ -317,4 +332,4 @@ def test_scales_of_a_role_in_two_formats_are_worked_out_where_they_are_used(monk
     store = ScaleStore.of([ScaleHistory(limits=(448.0, 448.0, 0.0))], torch.device("cpu"))
     for _ in range(5):
         take_step(store, 1.0)
-    assert not store.known and store.histories[0].looks_back is store.histories[0].largest
+    assert not store.known and store.histories[0].delayed.largest is store.histories[0].largest

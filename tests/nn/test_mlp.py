@@ -11,10 +11,10 @@ from fewbits import AdamW, ModelConfig, Step, Transformer
 from fewbits.choice import Choice
 from fewbits.kernels import dispatch
 from fewbits.kernels.activation import activate
-from fewbits.nn import lowbit, mlp, transformer
+from fewbits.nn import draw, mlp, transformer
 from fewbits.nn.lowbit import chains, held_weights
 from fewbits.nn.scale_history import ACTIVATION, GRADIENT, scale_history
-from fewbits.numerics import activation
+from fewbits.numerics import activation, quantize
 from fewbits.precision.recipe import RECIPES
 
 pytestmark = INTERPRETED
@@ -44,7 +44,7 @@ class Layered(torch.autograd.Function):
         return tuple(value for value, _ in found)
 
 
-def layered(layers, x, _again=None):
+def layered(layers, x, _again=None, _codes=None):
     *first, down = layers
     return down(Layered.apply(*(layer(x) for layer in first)))
 
@@ -88,7 +88,7 @@ def test_one_backward_gives_the_gradients_of_layer_by_layer_bit_for_bit(config, 
             generator = torch.Generator().manual_seed(0)
             x = torch.randn(4, 33, 64, generator=generator).to(torch.bfloat16).requires_grad_()
             with held_weights(model):
-                assert mlp.together(layers, x)
+                assert mlp.together(layers)
                 y = how(layers, x)
                 grad = torch.randn(y.shape, generator=generator).to(torch.bfloat16)
                 found.append((y.detach(), *torch.autograd.grad(y, [x, *block.parameters()], grad)))
@@ -101,74 +101,73 @@ def test_one_backward_gives_the_gradients_of_layer_by_layer_bit_for_bit(config, 
             assert torch.equal(mine, theirs), name
 
 
-@pytest.mark.parametrize("value", [None, float("inf")])
-@pytest.mark.parametrize("role", [GRADIENT, ACTIVATION], ids=["gradient", "result of an attention"])
-def test_what_is_written_anyway_is_read_once_for_codes_and_maximum(kernels, monkeypatch, value, role):
+@pytest.mark.parametrize("value", [None, float("inf"), float("nan")])
+@pytest.mark.parametrize("role", [GRADIENT, ACTIVATION], ids=["gradient", "activation"])
+def test_under_a_known_scale_one_reading_gives_codes_and_maximum(kernels, value, role):
     recipe, site = RECIPES["fp8-delayed"], {GRADIENT: "grad_input", ACTIVATION: "output"}[role]
     operand = getattr(recipe, site).left
     x = torch.randn(48, 80, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     if value is not None:
         x[40, 70] = value
-    read, kernel = [], dispatch.encode_noting
-    monkeypatch.setattr(
-        lowbit, "encode_noting", lambda parts, *rest: (read.append(len(parts)), kernel(parts, *rest))[1]
-    )
-    found = []
-    for once in (True, False):
-        if not once:
-            monkeypatch.setattr(lowbit, "noting", lambda *_: False)
-        maxima = torch.zeros(3)
-        draw = lowbit.Draw(None, torch.tensor([3.0, 3.0, 3.0]), maxima, True)
-        both = draw.both([x], operand, site, role, True, written=role == ACTIVATION)
-        found.append((both.matrix.codes, both.transpose.codes, both.matrix.scale, maxima))
-    assert read == [1]
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one.float(), other.float(), rtol=0, atol=0, equal_nan=True)
-    assert bool(found[0][2].isnan()) == (value is not None)
+    maxima = [torch.full((1, 1), 0.5), torch.full((1, 1), 0.25)]
+    scales = [torch.full((1, 1), 2.0), torch.full((1, 1), 0.125)]
+    which = int(role == GRADIENT)
+    both = draw.Draw.of(None, *maxima, None, *scales).both([x], operand, site, role, True)
+    codes, codes_t, sums, amax = quantize.encode_both([x], scales[which], operand.format)
+    for mine, theirs in ((both.matrix.codes, codes), (both.transpose.codes, codes_t)):
+        assert torch.equal(mine.float().isnan(), theirs.float().isnan())
+        assert torch.equal(mine.float().nan_to_num(), theirs.float().nan_to_num())
+    assert both.matrix.scale.tolist() == both.transpose.scale.tolist() == scales[which].tolist()
+    torch.testing.assert_close(both.sums, sums, rtol=2.0**-20, atol=2.0**-20, equal_nan=True)
+    torch.testing.assert_close(maxima[which], amax, rtol=0, atol=0, equal_nan=True)
+    assert float(maxima[1 - which]) == [0.5, 0.25][1 - which]
 
 
 def test_of_the_activations_of_a_block_only_the_result_of_its_attention_is_read_for_its_codes(kernels, monkeypatch):
-    """What a norm or an activation gives becomes codes where it is made; of gradients, every one is read."""
-    seen, kernel = [], lowbit.encode_noting
-    monkeypatch.setattr(lowbit, "encode_noting", lambda parts, *rest: (seen.append(rest), kernel(parts, *rest))[1])
+    """What a norm or an activation gives becomes codes where it is made, but for the norm before an attention, which is made
+    before its block here; of gradients, every one is read."""
+    monkeypatch.setitem(dispatch._choices, ("gradients of norms", "cpu"), Choice("kernel", "a test"))
+    seen, kernel = [], draw.encode_noting
+    monkeypatch.setattr(draw, "encode_noting", lambda parts, *rest: (seen.append(rest), kernel(parts, *rest))[1])
     run(GPT, "fp8-delayed", monkeypatch, mlp.mlp)
     formats = [rest[1].name for rest in seen]
     # an activation is e4m3, a gradient e5m2: those of qkv, output and down; up's leaves the kernel of the activation as codes
-    assert formats.count("fp8_e5m2") == 3 * formats.count("fp8_e4m3") > 0
+    assert 2 * formats.count("fp8_e5m2") == 3 * formats.count("fp8_e4m3") > 0
 
 
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
 def test_codes_of_values_that_were_never_written_do_not_hide_an_infinity(name, kernels):
-    """Saturated codes look sound: what says that they are not is their scale, and the maxima that later steps look back on."""
+    """It is NaN in them, and in the maxima that later steps look back on."""
     recipe, count = RECIPES["fp8-delayed"], {"gelu": 1, "swiglu": 2}[name]
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(48, 80, generator=generator).to(torch.bfloat16) for _ in range(count)]
     grad = torch.randn(48, 80, generator=generator).to(torch.bfloat16)
-    draws = [lowbit.Draw(None, torch.full((3,), 2.0**-6), torch.zeros(3), True) for _ in range(count + 1)]
+    scales = [torch.full((1, 1), 2.0**-6) for _ in range(2)]
+    draws = [draw.Draw.of(None, *torch.zeros(2, 1, 1), None, *scales) for _ in range(count + 1)]
     for value in (0.5, float("inf")):
         inputs[0][40, 70] = grad[41, 71] = value
-        hidden = lowbit.coded(name, inputs, recipe.output.left, draws[-1])
+        hidden = draw.coded(name, inputs, recipe.output.left, draws[-1])
         operands = recipe.output.left, draws[-1], recipe.grad_input.left, draws[:-1]
-        _, made = lowbit.coded_backward(f"{name}_backward", [grad, *inputs], *operands, False)
-        scales = [hidden.scale, *(q.scale for both in made for q in (both.matrix, both.transpose))]
-        maxima = [draws[-1].maxima[ACTIVATION], *(draw.maxima[GRADIENT] for draw in draws[:-1])]
-        assert all(bool(scale.isnan()) == (value == float("inf")) for scale in scales)
+        hidden_t, made = draw.coded_backward(f"{name}_backward", [grad, *inputs], *operands, False)
+        codes = [hidden.codes, hidden_t, *(q.codes for both in made for q in (both.matrix, both.transpose))]
+        maxima = [draws[-1].delayed.maximum, *(one.delayed.grad_maximum for one in draws[:-1])]
+        assert all(bool(one.float().isnan().any()) == (value == float("inf")) for one in codes)
         assert all(bool(most.isfinite()) == (value == 0.5) and most != 0 for most in maxima)
 
 
 def test_only_what_nobody_listens_to_in_a_training_step_is_one_node(kernels):
     model = fewbits.prepare(Transformer(GPT), "fp8")
     layers, x = (model.blocks[0].mlp.up, model.blocks[0].mlp.down), torch.randn(4, 64)
-    assert not mlp.together(layers, x)  # not within a step
+    assert not mlp.together(layers)  # not within a step
     with held_weights(model):
-        assert mlp.together(layers, x) and not mlp.together(layers, x[:0])
+        assert mlp.together(layers) and model.blocks[0].mlp(x[:0]).shape == (0, 64)
         with torch.no_grad():
-            assert not mlp.together(layers, x)
+            assert not mlp.together(layers)
         handle = layers[0].register_forward_hook(lambda *_: None)
-        assert not mlp.together(layers, x)
+        assert not mlp.together(layers)
         handle.remove()
         layers[1].weight.requires_grad_(False)
-        assert not mlp.together(layers, x)
+        assert not mlp.together(layers)
     assert [name for name in RECIPES if chains(str(RECIPES[name]))] == ["fp8", "fp8-delayed"]
 
 
