@@ -34,9 +34,9 @@ class Draw(NamedTuple):
         return Draw(key, Delayed(*delayed))
 
     @staticmethod
-    def of_backward(key: Tensor | None, *delayed: Tensor | None) -> Draw:
-        """Of what autograd keeps: without the maximum of the forward pass, which goes on changing."""
-        return Draw(key, Delayed(None, *delayed))
+    def of_backward(grad_maximum: Tensor | None, key: Tensor | None, *earlier: Tensor | None) -> Draw:
+        """Of what autograd keeps, and of the maximum, which it must not keep: another backward pass may have raised it."""
+        return Draw(key, Delayed(None, grad_maximum, *earlier))
 
     @property
     def known(self) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fewbits.formats import Format
 from fewbits.kernels.dispatch import (
     activation_execution,
     emulated,
@@ -183,7 +184,8 @@ class _LowBitLinear(torch.autograd.Function):
             saved = draw.quantized(x_NK.t(), recipe.grad_weight.right, "grad_weight", ACTIVATION)
             kept = (saved.codes.t(), saved.scale.t())
         backward_weight = weight if recipe.grad_input is None else None
-        ctx.save_for_backward(*kept, backward_weight, grad_input_codes, grad_input_scale, key, *delayed[1:])
+        ctx.save_for_backward(*kept, backward_weight, grad_input_codes, grad_input_scale, key, *delayed[2:])
+        ctx.grad_maximum = grad_maximum
         ctx.text, ctx.dtype, ctx.shape = text, weight.dtype, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
         y = y_NO.view(*x.shape[:-1], weight.shape[0])
@@ -192,7 +194,7 @@ class _LowBitLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_codes, x_scale, weight, codes, scale, *drawn = ctx.saved_tensors
-        draw = Draw.of_backward(*drawn)
+        draw = Draw.of_backward(ctx.grad_maximum, *drawn)
         recipe: Recipe = recipe_of(ctx.text)
         grad_x = grad_weight = grad_bias = None
         biased = ctx.bias_dtype is not None and ctx.needs_input_grad[2]
@@ -351,11 +353,11 @@ def chains(text: str) -> bool:
 
 
 @cache
-def activation_format(text: str) -> str:
-    """The name of the format of the activation, by a recipe that `chains`."""
+def activation_format(text: str) -> Format:
+    """The format of the activation, by a recipe that `chains`."""
     output = recipe_of(text).output
     assert output is not None
-    return output.left.format.name
+    return output.left.format
 
 
 @cache

@@ -133,12 +133,11 @@ class _LowBitMLP(torch.autograd.Function):
             hidden, hidden_t, _ = draws[-1].both([value], output.left, "output", ACTIVATION, False, amax)
             hidden_codes = hidden_t.codes.t()
         y = multiply(hidden, down.output_codes, down.output_scale, output, down.weight.dtype, down.bias)
-        backward = [
-            tensor for part in parts for tensor in (*part[4:6], *part[7:])
-        ]  # a `Draw.of_backward` and two of codes
+        backward = [tensor for part in parts for tensor in (*part[4:6], *part[8:])]
         kept = (turned.codes.t(), turned.scale.t(), hidden_codes, hidden.scale)
         ctx.save_for_backward(*kept, *inner, *backward)
         ctx.text, ctx.shape = text, x.shape
+        ctx.grad_maxima = [part.grad_maximum for part in parts]
         ctx.biases = [None if part.bias is None else part.bias.dtype for part in parts]
         ctx.dtype = down.weight.dtype
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -147,9 +146,12 @@ class _LowBitMLP(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         count, recipe = len(ctx.biases), recipe_of(ctx.text)
         x_codes, x_scale, h_codes, h_scale, *rest = ctx.saved_tensors
-        size = _SIZE - 5  # of what is kept of a part
+        size = _SIZE - 6  # two codes and what earlier steps say
         inner, weights = rest[: count - 1], [rest[count - 1 + size * i :][:size] for i in range(count)]
-        draws = [Draw.of_backward(None, *delayed) for _, _, *delayed in weights]
+        draws = [
+            Draw.of_backward(maximum, None, *earlier)
+            for maximum, (_, _, *earlier) in zip(ctx.grad_maxima, weights, strict=True)
+        ]
         biased = [dtype is not None for dtype in ctx.biases]
         grad_NO = grad.reshape(-1, grad.shape[-1])
         left, rows, sums = gradient_codes(draws[-1], [grad_NO], recipe, (True, True), biased[-1])

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbits.formats import Format
 from fewbits.kernels import norm as kernel
 from fewbits.kernels.dispatch import fused, norm_execution
 from fewbits.kernels.layouts import Known
@@ -95,12 +94,12 @@ def add_norm_codes(
     twice: bool,
     scale: Tensor,
     maximum: Tensor,
-    format: str,
+    recipe: str,
 ) -> tuple[Tensor, ...]:
     """`add_norm` whose norm is NaN everywhere: it is not written and only carries gradients, while its codes [N, D] and [D, N]
     come behind it, for a layer of few bits that reads nothing else. scale, maximum: what is
-    `Delayed` of that layer; format: of the codes, fp8."""
-    known = Known(scale, Format.parse(format), maximum)
+    `Delayed` of that layer; recipe: its own, canonical text of one that `chains`."""
+    known = Known(scale, activation_format(recipe), maximum)
     with torch.no_grad():
         total, codes, codes_t, mean, rstd = kernel.add_norm_codes(x, branch, weight, bias, eps, centered, known)
         y = total.new_full((), math.nan).expand_as(total)
@@ -131,7 +130,7 @@ def joined(
     if kernels and reader is not None and reader.weight.dtype == x.dtype:
         assert reader.history is not None
         delayed = reader.history.delayed
-        given += (delayed.scale, delayed.maximum, activation_format(reader.recipe))
+        given += (delayed.scale, delayed.maximum, reader.recipe)
         total, *normals, codes, codes_t = add_norm_codes(*given)
         return total, normals, (codes, codes_t)
     if kernels and torch.compiler.is_compiling():

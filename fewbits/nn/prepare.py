@@ -27,7 +27,7 @@ from fewbits.nn.fake import LEARNED, fake_linear, first_log_scale
 from fewbits.nn.linear import Linear
 from fewbits.nn.lowbit import let_compilers_in, limits, lowbit_linear, recipe_of
 from fewbits.nn.mlp import lowbit_mlp
-from fewbits.nn.norm import LayerNorm, RMSNorm
+from fewbits.nn.norm import LayerNorm, RMSNorm, add_norm_codes
 from fewbits.nn.packed import refuse_packed
 from fewbits.nn.plan import Plan, choices, make_plan
 from fewbits.nn.scale_history import ScaleHistory
@@ -151,7 +151,7 @@ def _prepare_whole(model: nn.Module, precision: Precision, change: _Change) -> N
             why = f"asked for; {precision.working} in evaluation"
             change.report.rows.append(("matmuls of the loss head", type(model).__name__, "fp8", why))
     if precision.recipe:
-        for function in (fake_linear,) if precision.recipe.fake else (lowbit_linear, lowbit_mlp):
+        for function in (fake_linear,) if precision.recipe.fake else (lowbit_linear, lowbit_mlp, add_norm_codes):
             let_compilers_in(function)
     hooks = change.undo.hooks
     hooks.append(model.register_forward_pre_hook(_cast_inputs(precision.working), with_kwargs=True))

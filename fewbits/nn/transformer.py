@@ -18,7 +18,7 @@ from fewbits.nn.head import compiled_pieces, loss_sum
 from fewbits.nn.linear import FORMAT_OF, Linear, linear, unheard
 from fewbits.nn.lowbit import Codes, let_compilers_in
 from fewbits.nn.mlp import mlp, together
-from fewbits.nn.norm import LayerNorm, RMSNorm, add_norm, add_norm_codes, joined
+from fewbits.nn.norm import LayerNorm, RMSNorm, add_norm, joined
 from fewbits.numerics.activation import gelu
 from fewbits.numerics.loss import Pieces
 from fewbits.numerics.wide import widen
@@ -356,7 +356,6 @@ class Transformer(nn.Module):
             emulated(FORMAT_OF[weight.dtype], weight.device.type)  # asked for now: a compiler cannot
         norm_execution(self.head_weight.device)
         let_compilers_in(add_norm)
-        let_compilers_in(add_norm_codes)
         self._run_train = torch.compile(_train_block, dynamic=False)
         self._run_joining = torch.compile(_train_joining, dynamic=False)
         low_bit = any(getattr(module, "recipe", "") for module in self.blocks.modules())

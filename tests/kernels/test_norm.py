@@ -12,6 +12,7 @@ from fewbits.kernels import norm_triton
 from fewbits.kernels.layouts import Known
 from fewbits.nn.norm import LayerNorm, RMSNorm, add_norm, add_norm_codes
 from fewbits.numerics import norm as definition
+from fewbits.precision.recipe import RECIPES
 
 pytestmark = INTERPRETED
 
@@ -139,7 +140,7 @@ def test_a_norm_that_is_codes_has_the_gradients_of_one_that_is_values(norm, twic
         if codes:
             maximum = torch.zeros(1, 1)
             scale = torch.full((1, 1), 2.0**-6)
-            total, *normals, matrix, transpose = add_norm_codes(*given, scale, maximum, "fp8_e4m3")
+            total, *normals, matrix, transpose = add_norm_codes(*given, scale, maximum, str(RECIPES["fp8-delayed"]))
             assert matrix.shape == (14, 64) and transpose.shape == (64, 14) and float(maximum) > 0
             assert not matrix.requires_grad and all(bool(y.isnan().all()) for y in normals)
         else:

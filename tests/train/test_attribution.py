@@ -93,6 +93,7 @@ def test_every_kernel_of_ours_says_what_it_is_for() -> None:
     assert found["softmax_gradient_kernel"] == LOSS_PART and found["update_kernel"] == OPTIMIZER
     assert found["encode_all_kernel"] == found["amax_kernel"] == QUANTIZATION
     assert found["norm_backward_kernel"] == found["totals_kernel"] == found["activate_backward_kernel"] == ELEMENTWISE
+    assert found["encode_norm_kernel"] == QUANTIZATION and found["add_statistics_kernel"] == ELEMENTWISE
     assert found["hidden_less_targets_kernel"] == found["weight_less_targets_kernel"] == LOSS_PART
 
 
