@@ -188,9 +188,9 @@ class Work:
         codes = encode(y, self.scale, E4M3, Granularity(), scales="power-of-two")
         return total, codes, turn(codes) if CUDA else codes.t().contiguous(), y.abs().amax()
 
-    def one_kernel(self, kernel: Any, rows: int, block: int, warps: int) -> None:
+    def one_kernel(self, design: Any, rows: int, block: int, warps: int) -> None:
         """`whole_rows_kernel` or `two_passes_kernel`."""
-        kernel[(self.R // rows,)](
+        design[(self.R // rows,)](
             self.x, self.branch, self.weight, self.bias, self.scale, self.total, self.stats[0], self.stats[1], self.codes,
             self.codes_t, self.amax, self.R, self.eps, D=self.D, CENTERED=self.centered, ROWS=rows, BLOCK=block,
             **self.format, NATIVE=CUDA, num_warps=warps,

@@ -47,7 +47,7 @@ def activate(name: str, *inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def activate_codes(name: str, known: Known, *inputs: Tensor) -> Tensor:
-    """The fp8 codes of the result of gelu or swiglu as `activate` has it, of its shape."""
+    """The fp8 codes of the result of gelu or swiglu as `activate` has it, of its shape; raises `known.maximum`."""
     codes: Tensor = _operators()[1](
         name, [x.contiguous() for x in inputs], known.scale, known.format.name, known.maximum
     )
@@ -60,7 +60,8 @@ def activate_backward(
     """Of a backward `name`: the transpose of the codes that `activate_codes` makes of the activation, [C, R] row by row, and
     each result of `activate` as codes.
 
-    inputs: matrices [R, C] as `activate` takes them. gradients: of one format. sums: whether those of the columns are wanted.
+    inputs: matrices [R, C] as `activate` takes them. gradients: of one format; their maxima are raised. sums: whether those of
+    the columns are wanted.
     """
     scales, (format, *_), maxima = zip(*gradients, strict=True)
     codes, codes_t, hidden_t, parts = _operators()[2](

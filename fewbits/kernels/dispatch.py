@@ -261,9 +261,9 @@ def activation_execution(device: torch.device) -> Choice:
 
 
 def norm_execution(device: torch.device) -> Choice:
-    """What makes the backward pass of norms in compiled code: the Triton "kernel", or the compiler from the "definition";
-    they agree up to the order of sums."""
-    key = ("gradients of norms", device.type)
+    """What makes the backward pass of residual sums with their norms in compiled code, and writes norms before layers of few
+    bits as codes: the Triton "kernel", or the compiler from the "definition"; they agree up to the order of sums."""
+    key = ("gradients of norms", device.type)  # as runs have recorded it
     if key not in _choices:
         _choices[key] = _kernel(_no_triton(device), "a compiler adds up the gradients of weights in four kernels more")
     return _choices[key]

@@ -34,9 +34,8 @@ def add_statistics_kernel(
         tl.store(mean + rows, center, mask=there)
         both = tl.where(inside, both - center[:, None], 0.0)
     variance = tl.sum(both * both, axis=1) / D
-    tl.store(
-        rstd + rows, 1.0 / tl.sqrt_rn(variance + tl.cast(eps, tl.float32)), mask=there
-    )  # a compiler hands fp64 over
+    # eps is fp64 where a compiler hands it over, and so would be the sum, of which Triton takes no root
+    tl.store(rstd + rows, 1.0 / tl.sqrt_rn(variance + tl.cast(eps, tl.float32)), mask=there)
 
 
 @jit

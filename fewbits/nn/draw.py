@@ -62,12 +62,13 @@ class Draw(NamedTuple):
         sums: bool = False,
         amax: Tensor | None = None,
     ) -> Both:
-        """`quantized` with its transpose, for operands that two matmuls share; parts, sums, amax: see `quantize_both`."""
+        """`quantized` with its transpose, for operands that two matmuls share; parts, sums, amax: see `quantize_both`. Under a
+        known scale the codes are made without asking for the largest magnitude, which comes with them."""
         how = (operand.format, operand.granularity, operand.rounding, self._seed(site), operand.scaling)
         if operand.scaling not in ("delayed", "unit"):
             return quantize_both(parts, *how, sums, amax)
         if self.known and operand.scaling == "delayed" and in_both_layouts(parts, operand):
-            scale, format, maximum = self.seen(operand, role)
+            scale, format, maximum = self.known_to_kernel(operand, role)
             return encode_noting(parts, scale, format, operand.granularity, operand.scaling, sums, maximum)
         amax = largest(parts, operand.granularity) if amax is None else amax
         early, scale = self._scales(parts[0].shape, amax, operand, site, role)
@@ -90,7 +91,7 @@ class Draw(NamedTuple):
         elif self._maximum(role) is None:
             scale = power_of_two_scale(amax, operand.format.max)
         else:
-            self.noted(amax, role)
+            self.raise_maximum(amax, role)
             scale = self.early(operand, role)
             if self.delayed.largest is not None:  # nothing is before the first step
                 found = self.delayed.largest[role] > 0
@@ -106,28 +107,30 @@ class Draw(NamedTuple):
             known = power_of_two_scale(self.delayed.largest[role].view(1, 1), operand.format.max)
         return known
 
-    def noted(self, amax: Tensor, role: int) -> None:
+    def raise_maximum(self, amax: Tensor, role: int) -> None:
         """Notes a maximum of this step, where scales are delayed."""
         maximum = self._maximum(role)
         if maximum is not None:
             maximum.copy_(torch.maximum(maximum, amax))
 
-    def copy_note(self, other: Draw, role: int) -> None:
+    def copy_maximum(self, other: Draw, role: int) -> None:
         """Notes what another layer has noted of an operand that is the same."""
         amax = other._maximum(role)
         if amax is not None:
-            self.noted(amax, role)
+            self.raise_maximum(amax, role)
 
     def _maximum(self, role: int) -> Tensor | None:
         return self.delayed.grad_maximum if role == GRADIENT else self.delayed.maximum
 
-    def seen(self, operand: Operand, role: int) -> Known:
+    def known_to_kernel(self, operand: Operand, role: int) -> Known:
         """What a kernel is told that makes codes under a known scale."""
         maximum = self._maximum(role)
         assert maximum is not None
         return Known(self.early(operand, role), operand.format, maximum)
 
-    def made(self, codes: Tensor, codes_t: Tensor, operand: Operand, role: int, sums: Tensor | None = None) -> Both:
+    def of_kernel(
+        self, codes: Tensor, codes_t: Tensor, operand: Operand, role: int, sums: Tensor | None = None
+    ) -> Both:
         """Codes that a kernel has made under a known scale, in which what is not finite is NaN."""
         scale = self.early(operand, role)
         return Both.of(Quantized(codes, scale, operand.format, operand.granularity, operand.scaling), codes_t, sums)
@@ -135,7 +138,7 @@ class Draw(NamedTuple):
 
 def coded(name: str, inputs: Sequence[Tensor], operand: Operand, draw: Draw) -> Quantized:
     """The result of an activation as an operand whose delayed scale is known: codes that are written without its values."""
-    known = draw.seen(operand, ACTIVATION)
+    known = draw.known_to_kernel(operand, ACTIVATION)
     codes = activate_codes(name, known, *inputs)
     return Quantized(codes, known.scale, operand.format, operand.granularity, operand.scaling)
 
@@ -145,11 +148,12 @@ def coded_backward(
 ) -> tuple[Tensor, list[Both]]:
     """The codes that `coded` made of an activation as the operand `hidden`, transposed, and its gradients as operands of
     `draws`, likewise written without their values; names of activations with "_backward" behind them."""
-    known = [draw.seen(operand, GRADIENT) for draw in draws]
+    known = [draw.known_to_kernel(operand, GRADIENT) for draw in draws]
     scale = its.early(hidden, ACTIVATION)
     hidden_t, made = activate_backward(name, scale, hidden.format, known, sums, *inputs)
     gradients = [
-        draw.made(one.codes, one.codes_t, operand, GRADIENT, one.sums) for draw, one in zip(draws, made, strict=True)
+        draw.of_kernel(one.codes, one.codes_t, operand, GRADIENT, one.sums)
+        for draw, one in zip(draws, made, strict=True)
     ]
     return hidden_t, gradients
 

@@ -32,7 +32,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, tf32: bool = F
 
 
 def unheard(layer: nn.Module) -> bool:
-    """Whether nobody listens to the calls of a layer, so that what it does may become part of something larger."""
+    """Whether nobody listens to the calls of a layer, so that what it does may become part of something larger. Who listens to
+    all modules there are, as a FLOP counter does, is not asked: it would change what it counts."""
     heard = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     return not heard
 

@@ -15,11 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.formats import Format
-from fewbits.kernels.dispatch import (
-    activation_execution,
-    emulated,
-    fused,
-)
+from fewbits.kernels.dispatch import activation_execution, emulated, fused
 from fewbits.kernels.layouts import encode_all
 from fewbits.kernels.matmul import scaled_matmul
 from fewbits.nn.draw import Draw, in_both_layouts
@@ -118,10 +114,9 @@ def lowbit_linear(
     """x [..., K] times weight [O, K] plus bias [O] by a recipe: [..., O] in the dtype of the weight.
 
     output_codes ... grad_input_scale: a `HeldWeight`; all None makes it here. key: 0-d int64, for recipes that draw random
-    numbers. maximum ... grad_scale: for delayed scaling, a `Delayed`. recipe: canonical text
-    of a `Recipe`. widths: gives the parts of the last axis that are so wide, views of the one product, instead of the whole;
-    their gradients are quantized where they lie, never put side by side, where a kernel can. codes, codes_t: `Codes` of x,
-    which then is not read.
+    numbers. maximum ... grad_scale: for delayed scaling, a `Delayed`. recipe: canonical text of a `Recipe`. widths: gives the
+    parts of the last axis that are so wide, views of the one product, instead of the whole; their gradients are quantized
+    where they lie, never put side by side, where a kernel can. codes, codes_t: `Codes` of x, which then is not read.
     """
     held = (output_codes, output_scale, grad_input_codes, grad_input_scale)
     if output_codes is None and grad_input_codes is None:
@@ -165,7 +160,7 @@ class _LowBitLinear(torch.autograd.Function):
         x_NK = x.reshape(-1, x.shape[-1])
         left = turned = None
         if recipe.output is not None and codes is not None and codes_t is not None:
-            left, turned, _ = draw.made(codes, codes_t, recipe.output.left, ACTIVATION)
+            left, turned, _ = draw.of_kernel(codes, codes_t, recipe.output.left, ACTIVATION)
         elif recipe.output is not None and ctx.needs_input_grad[1] and shared_activation(recipe):
             left, turned, _ = draw.both([x_NK], recipe.output.left, "output", ACTIVATION)
         elif recipe.output is not None:

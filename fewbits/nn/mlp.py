@@ -45,7 +45,16 @@ class Part(NamedTuple):
     @property
     def draw(self) -> Draw:
         """What quantizing its operands draws from."""
-        return Draw.of(None, *self[6:])
+        return Draw.of(None, self.maximum, self.grad_maximum, *self._earlier)
+
+    @property
+    def kept(self) -> tuple[Tensor | None, ...]:
+        """What the backward pass wants of it: codes and scale of the weight, and what earlier steps say."""
+        return self.grad_input_codes, self.grad_input_scale, *self._earlier
+
+    @property
+    def _earlier(self) -> tuple[Tensor | None, ...]:
+        return self.largest, self.scale, self.grad_scale
 
 
 _SIZE = len(Part._fields)
@@ -118,9 +127,9 @@ class _LowBitMLP(torch.autograd.Function):
         if codes is None or codes_t is None:
             left, turned, _ = draws[0].both([x.reshape(-1, x.shape[-1])], output.left, "output", ACTIVATION)
         else:
-            left, turned, _ = draws[0].made(codes, codes_t, output.left, ACTIVATION)
+            left, turned, _ = draws[0].of_kernel(codes, codes_t, output.left, ACTIVATION)
         for draw in draws[1:-1]:  # the same input, so the same maxima, in every step since the first
-            draw.copy_note(draws[0], ACTIVATION)
+            draw.copy_maximum(draws[0], ACTIVATION)
         inner = [
             multiply(left, part.output_codes, part.output_scale, output, part.weight.dtype, part.bias)
             for part in parts[:-1]
@@ -133,9 +142,8 @@ class _LowBitMLP(torch.autograd.Function):
             hidden, hidden_t, _ = draws[-1].both([value], output.left, "output", ACTIVATION, False, amax)
             hidden_codes = hidden_t.codes.t()
         y = multiply(hidden, down.output_codes, down.output_scale, output, down.weight.dtype, down.bias)
-        backward = [tensor for part in parts for tensor in (*part[4:6], *part[8:])]
         kept = (turned.codes.t(), turned.scale.t(), hidden_codes, hidden.scale)
-        ctx.save_for_backward(*kept, *inner, *backward)
+        ctx.save_for_backward(*kept, *inner, *(tensor for part in parts for tensor in part.kept))
         ctx.text, ctx.shape = text, x.shape
         ctx.grad_maxima = [part.grad_maximum for part in parts]
         ctx.biases = [None if part.bias is None else part.bias.dtype for part in parts]
@@ -146,8 +154,9 @@ class _LowBitMLP(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         count, recipe = len(ctx.biases), recipe_of(ctx.text)
         x_codes, x_scale, h_codes, h_scale, *rest = ctx.saved_tensors
-        size = _SIZE - 6  # two codes and what earlier steps say
-        inner, weights = rest[: count - 1], [rest[count - 1 + size * i :][:size] for i in range(count)]
+        inner, kept = rest[: count - 1], rest[count - 1 :]
+        size = len(kept) // count
+        weights = [kept[size * i :][:size] for i in range(count)]
         draws = [
             Draw.of_backward(maximum, None, *earlier)
             for maximum, (_, _, *earlier) in zip(ctx.grad_maxima, weights, strict=True)

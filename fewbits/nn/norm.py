@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,8 +43,8 @@ class RMSNorm(nn.RMSNorm):
         return rms_norm(x, self.weight, eps) if twin is None else twin.rms_norm(x, self.weight, eps)
 
 
-class _Joined(torch.autograd.Function):
-    """A sum and its norm, made by others, as results of x, branch, weight and bias."""
+class _SumAndNorm(torch.autograd.Function):
+    """A sum and its norm as results of x, branch, weight and bias. make: gives them, and the `statistics` of the sum."""
 
     @staticmethod
     def forward(
@@ -53,22 +53,19 @@ class _Joined(torch.autograd.Function):
         _branch: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        total: Tensor,
-        y: Tensor,
-        mean: Tensor | None,
-        rstd: Tensor,
+        make: Callable[[], tuple[Tensor, Tensor, Tensor | None, Tensor]],
         twice: bool,
     ) -> tuple[Tensor, ...]:
+        total, y, mean, rstd = make()
         ctx.save_for_backward(total, weight, mean, rstd)
         ctx.biased = bias is not None
-        total, y = total.view_as(total), y.view_as(y)
         return (total, y, y.view_as(y)) if twice else (total, y)
 
     @staticmethod
     def backward(ctx: Any, along: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         total, weight, mean, rstd = ctx.saved_tensors
         grad_total, by_weight, by_bias = kernel.norm_backward(grads, along, total, weight, mean, rstd)
-        return grad_total, grad_total, by_weight, by_bias if ctx.biased else None, *(None,) * 5
+        return grad_total, grad_total, by_weight, by_bias if ctx.biased else None, None, None
 
 
 def add_norm(
@@ -77,11 +74,13 @@ def add_norm(
     """x + branch, and the layer norm of that, or the root-mean-square norm where it is not centered: for a compiler, which
     makes the forward pass one kernel and calls kernels/norm.py for the backward pass. twice: the norm for each of two who
     read it, so that their gradients are added up where they are read."""
-    with torch.no_grad():
+
+    def make() -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         total = x + branch
         mean, rstd = statistics(total, eps, centered)
-        y = normalized(total, weight, bias, mean, rstd)
-    return _joined(x, branch, weight, bias, total, y, mean, rstd, twice)
+        return total, normalized(total, weight, bias, mean, rstd), mean, rstd
+
+    return _SumAndNorm.apply(x, branch, weight, bias, make, twice)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def add_norm_codes(
@@ -97,24 +96,30 @@ def add_norm_codes(
     recipe: str,
 ) -> tuple[Tensor, ...]:
     """`add_norm` whose norm is NaN everywhere: it is not written and only carries gradients, while its codes [N, D] and [D, N]
-    come behind it, for a layer of few bits that reads nothing else. scale, maximum: what is
-    `Delayed` of that layer; recipe: its own, canonical text of one that `chains`."""
-    known = Known(scale, activation_format(recipe), maximum)
-    with torch.no_grad():
-        total, codes, codes_t, mean, rstd = kernel.add_norm_codes(x, branch, weight, bias, eps, centered, known)
-        y = total.new_full((), math.nan).expand_as(total)
-    return *_joined(x, branch, weight, bias, total, y, mean, rstd, twice), codes, codes_t
+    come behind it, for a layer of few bits that reads nothing else.
 
+    scale, maximum: what is `Delayed` of that layer; the maximum is raised. recipe: its own, canonical text of one that
+    `chains`.
+    """
+    known, codes = Known(scale, activation_format(recipe), maximum), []
 
-def _joined(*given: Any) -> tuple[Tensor, ...]:
-    return _Joined.apply(*given)  # type: ignore[no-any-return, no-untyped-call]
+    def make() -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        total, *made, mean, rstd = kernel.add_norm_codes(x, branch, weight, bias, eps, centered, known)
+        codes.extend(made)
+        return total, total.new_full((), math.nan).expand_as(total), mean, rstd
+
+    results = _SumAndNorm.apply(x, branch, weight, bias, make, twice)  # type: ignore[no-untyped-call]
+    return *results, *codes
 
 
 def joined(
     norm: LayerNorm | RMSNorm, x: Tensor, branch: Tensor, twice: bool = False, reader: Linear | None = None
 ) -> tuple[Tensor, Sequence[Tensor], Codes | None]:
-    """x + branch, the norm of that, twice for two who read it, and its codes, as `add_norm_codes` has them, where all who read
-    it take those that `reader` takes; None where they read values."""
+    """x + branch, the norm of that, twice for two who read it, and its codes, as `add_norm_codes` has them.
+
+    reader: a layer that `takes_codes`, where all who read the norm take the same; None where they read values. There are no
+    codes either for a norm that was replaced or that somebody listens to, or where no kernel makes them.
+    """
     kernels = (
         type(norm) in (LayerNorm, RMSNorm)  # a norm may have been replaced by another
         and norm.weight is not None
@@ -125,17 +130,18 @@ def joined(
         and not kernel.why_not(x)
         and norm.eps is not None
     )
+    coded = kernels and reader is not None and reader.weight.dtype == x.dtype
+    if not coded and not (kernels and torch.compiler.is_compiling()):
+        total = x + branch
+        y = norm(total)
+        return total, (y, y) if twice else (y,), None
     bias, centered = getattr(norm, "bias", None), isinstance(norm, LayerNorm)
     given: tuple[Any, ...] = (x, branch, norm.weight, bias, norm.eps, centered, twice)
-    if kernels and reader is not None and reader.weight.dtype == x.dtype:
-        assert reader.history is not None
-        delayed = reader.history.delayed
-        given += (delayed.scale, delayed.maximum, reader.recipe)
-        total, *normals, codes, codes_t = add_norm_codes(*given)
-        return total, normals, (codes, codes_t)
-    if kernels and torch.compiler.is_compiling():
+    if not coded:
         total, *normals = add_norm(*given)
         return total, normals, None
-    total = x + branch
-    y = norm(total)
-    return total, (y, y) if twice else (y,), None
+    assert reader is not None and reader.history is not None
+    delayed = reader.history.delayed
+    given += (delayed.scale, delayed.maximum, reader.recipe)
+    total, *normals, codes, codes_t = add_norm_codes(*given)
+    return total, normals, (codes, codes_t)

@@ -36,14 +36,13 @@ class ScaleHistory:
     """Delayed scaling: the largest magnitudes of a layer's activation, weight and gradient over the last steps.
 
     Within a step, operands are scaled by the largest of the steps before it and the maxima of this one are noted (NVIDIA's
-    delayed scaling, as in Micikevicius et al. 2022). window: fp32 [3, steps], newest last; largest: fp32 [3]; maxima:
-    fp32 [1, 1] by role.
-    A maximum of 0 says nothing about a scale, no more than one that is not finite: the largest of the window joins it in its
-    place, so that a role that once had a maximum always has one.
-    From the first step on, all three lie in the tensors of a `ScaleStore`, which says when all of its largest are `known` to
-    be there: compiled layers then write codes as they go, and need no look at the whole tensor first. limits: the largest
-    number of the format that each role is in, 0 where its operands differ; where there are limits, what is known is known as
-    scales, fp32 [1, 1] by role, made for all layers at once.
+    delayed scaling, as in Micikevicius et al. 2022). window: fp32 [3, steps], newest last; largest: fp32 [3]; maxima: fp32
+    [1, 1] by role. A maximum of 0 says nothing about a scale, no more than one that is not finite: the largest of the window
+    joins it in its place, so that a role that once had a maximum always has one.
+    From the first step on, they lie in the tensors of a `ScaleStore`, which says when all of its largest are `known` to be
+    there: kernels then write codes as they go, and need no look at the whole tensor first. limits: the largest number of the
+    format that each role is in, 0 where its operands differ; where there are limits, what is known is known as scales, fp32
+    [1, 1] by role, made for all layers at once.
     """
 
     STEPS = 16
@@ -116,6 +115,8 @@ class ScaleStore:
         self.largest[:, :3].copy_(self.window.amax(2))
         self.maxima.zero_()
         places = self.scales[:, :, 0]
+        # who goes backward after another step has begun would multiply codes under the scales of that one
+        torch.autograd.graph.increment_version([scale for history in self.histories for scale in history.scales])
         for limit in self._formats if self.known else ():
             places.copy_(torch.where(self._limits == limit, power_of_two_scale(self.largest, limit), places))
 

@@ -75,6 +75,25 @@ def test_a_sum_its_statistics_and_the_codes_of_its_norm_are_those_of_the_definit
                     torch.testing.assert_close(mine.view(-1), theirs.view(-1), rtol=2.0**-18, atol=2.0**-20)
 
 
+def test_a_norm_that_its_dtype_does_not_hold_is_nan_in_its_codes_and_in_the_note():
+    x, branch, _, _ = inputs((9, 130), torch.float16)
+    weight = torch.ones(130, dtype=torch.float16)
+    weight[100] = 6e4  # times a value beyond 1.1 it is infinite in fp16
+    x[6, 100] = 9.0
+    known = Known(torch.ones(1, 1), Format.parse("fp8_e4m3"), torch.zeros(1, 1))
+    codes = kernel.add_norm_codes(x, branch * 0, weight, None, 1e-5, True, known)[1]
+    assert bool(codes[6, 100].float().isnan()) and not bool(codes[6, :100].float().isnan().any())
+    assert not bool(known.maximum.isfinite())
+
+
+def test_rows_that_are_not_there_have_no_maximum():
+    """Their norm would be the bias."""
+    x, weight = torch.tensor([[1.0, -1.0]]), torch.tensor([-1.0, 1.0])
+    known = Known(torch.ones(1, 1), Format.parse("fp8_e4m3"), torch.zeros(1, 1))
+    kernel.add_norm_codes(x, torch.zeros(1, 2), weight, torch.ones(2), 0.0, True, known)
+    assert float(known.maximum) == 0.0
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_row_that_is_not_finite_is_nan_in_its_codes_and_in_the_note(value):
     x, branch, bias, weight = inputs((9, 130), torch.float32)

@@ -102,6 +102,13 @@ class Wrapped(torch.nn.Module):
         return self.inner(*inputs)
 
 
+class InPlace(torch.nn.Module):
+    """It changes what it is given, which is nobody else's."""
+
+    def forward(self, x):
+        return x.mul_(2.0)
+
+
 class Doubled(norm.RMSNorm):
     """A norm with a forward pass of its own."""
 
@@ -109,7 +116,7 @@ class Doubled(norm.RMSNorm):
         return 2 * super().forward(x)
 
 
-@pytest.mark.parametrize("replaced", ["mlp", "weightless", "subclass"])
+@pytest.mark.parametrize("replaced", ["mlp", "in place", "weightless", "subclass"])
 def test_a_compiler_takes_what_was_put_in_place_of_layers_as_it_is(replaced, monkeypatch):
     monkeypatch.setitem(dispatch._choices, ("gradients of norms", "cpu"), Choice("kernel", "a test"))
     monkeypatch.setattr(norm.kernel, "norm_backward", norm_definition)
@@ -117,6 +124,8 @@ def test_a_compiler_takes_what_was_put_in_place_of_layers_as_it_is(replaced, mon
     block = Transformer(LLAMA).blocks[0]
     if replaced == "mlp":
         block.mlp = Wrapped(block.mlp)
+    elif replaced == "in place":
+        block.mlp = InPlace()
     else:
         block.norm2 = norm.RMSNorm(16, 1e-5, False) if replaced == "weightless" else Doubled(16, 1e-5)
     x, branch = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -123,9 +123,21 @@ def test_under_a_known_scale_one_reading_gives_codes_and_maximum(kernels, value,
     assert float(maxima[1 - which]) == [0.5, 0.25][1 - which]
 
 
-def test_of_the_activations_of_a_block_only_the_result_of_its_attention_is_read_for_its_codes(kernels, monkeypatch):
-    """What a norm or an activation gives becomes codes where it is made, but for the norm before an attention, which is made
-    before its block here; of gradients, every one is read."""
+@pytest.mark.parametrize("value", [0.5, float("inf"), float("nan")])
+def test_alone_under_a_known_scale_an_operand_is_honest_by_its_scale(kernels, value):
+    """Of one that two matmuls do not share no kernel makes the codes."""
+    operand = RECIPES["fp8-delayed"].grad_weight.right
+    x = torch.full((16, 32), 0.25, dtype=torch.bfloat16)
+    x[3, 4] = value
+    maximum, scale = torch.zeros(1, 1), torch.full((1, 1), 2.0**-6)
+    found = draw.Draw.of(None, maximum, None, None, scale, scale).quantized(x, operand, "grad_weight", ACTIVATION)
+    assert bool(found.scale.isnan()) == (not bool(maximum.isfinite())) == (value != 0.5)
+    assert float(found.codes[0, 0].float()) * 2.0**-6 == 0.25 and bool(scale.isfinite())
+
+
+def test_of_what_a_feed_forward_layer_multiplies_only_gradients_are_read_for_their_codes(kernels, monkeypatch):
+    """Its norm and its activation are codes where they are made, and so is the gradient of the latter. Of an attention the
+    input, whose norm is none of a block's sum here, and the result are read; and the gradients of all other layers."""
     monkeypatch.setitem(dispatch._choices, ("gradients of norms", "cpu"), Choice("kernel", "a test"))
     seen, kernel = [], draw.encode_noting
     monkeypatch.setattr(draw, "encode_noting", lambda parts, *rest: (seen.append(rest), kernel(parts, *rest))[1])

@@ -94,7 +94,7 @@ def test_who_listens_gets_values(place, made):
     assert len(made) == len(heard) == 1 and bool(heard[0].isfinite().all())
 
 
-@pytest.mark.parametrize("place", ["attention", "mlp", "attention.qkv", "mlp.up"])
+@pytest.mark.parametrize("place", ["attention", "mlp", "attention.qkv", "mlp.up", "norm1", "norm2"])
 def test_what_was_put_in_place_of_a_layer_gets_values(place, made):
     class Checked(torch.nn.Module):
         def __init__(self, inner):
@@ -108,6 +108,19 @@ def test_what_was_put_in_place_of_a_layer_gets_values(place, made):
     model = known(GPT)
     parent, _, name = place.rpartition(".")
     setattr(model.blocks[0].get_submodule(parent), name, Checked(model.blocks[0].get_submodule(place)))
+    with held_weights(model):
+        model.loss_sum(batch(0)).backward()
+    assert len(made) == 1
+
+
+def test_a_layer_of_a_class_of_its_own_gets_values(made):
+    class Own(transformer.MLP):
+        def forward(self, x, again=None):
+            assert bool(x.isfinite().all())
+            return super().forward(x, again)
+
+    model = known(LLAMA)
+    model.blocks[0].mlp.__class__ = Own
     with held_weights(model):
         model.loss_sum(batch(0)).backward()
     assert len(made) == 1
@@ -145,6 +158,16 @@ def test_two_forward_passes_may_come_before_their_backward_passes(made):
     assert len(made) == 8
     for ours, theirs in zip(*found, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_going_backward_after_another_step_has_begun_is_refused(made):
+    """Codes that were kept would be multiplied under the scales of that step."""
+    model = known(LLAMA)
+    with held_weights(model):
+        loss = model.loss_sum(batch(0))
+    with held_weights(model), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    assert len(made) == 2
 
 
 def by_definition(monkeypatch) -> None:
@@ -199,8 +222,8 @@ def by_definition(monkeypatch) -> None:
 
 @each_config
 def test_a_compiler_takes_norms_that_are_codes(config, monkeypatch):
-    """The calls are traced into graphs that note maxima forward and backward. Codes of a step that differ by a rounding move those
-    of the next; the largest of some hundred gradients, a single number, moves by an eighth."""
+    """The calls are traced into graphs that note maxima forward and backward. Codes of a step that differ by a rounding move
+    those of the next; the largest of some hundred gradients, a single number, moves by an eighth."""
     by_definition(monkeypatch)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     found = []
