@@ -27,6 +27,9 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports Triton, which reads it then
+
 sys.path.insert(0, str(Path(__file__).parent))  # for update_rows
 _OWN_CACHE = pytest.StashKey[str]()
 

@@ -1,14 +1,10 @@
-"""Kernels in Triton on a CPU: its interpreter, chosen before Triton is imported. Who imports this is skipped without."""
+"""Kernels in Triton on a CPU: its interpreter, which conftest.py chooses. Who imports this is skipped without."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 triton = pytest.importorskip("triton")
 
 INTERPRETED = pytest.mark.skipif(

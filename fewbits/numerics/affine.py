@@ -1,7 +1,7 @@
 """Affine integers, `value = (integer - zero_point) * scale`: what inference engines read (Jacob et al. 2018).
 
-    inside    integer = clamp(round(x / scale + zero_point))     torch.quantize_per_tensor, torch.quantize_per_channel
-    outside   integer = clamp(round(x / scale) + zero_point)     ONNX QuantizeLinear, torch.fake_quantize_*
+    inside    integer = clamp(round(x / scale + zero_point))     torch.quantize_per_tensor, torch.quantize_per_channel (2.13)
+    outside   integer = clamp(round(x / scale) + zero_point)     ONNX QuantizeLinear, torch.fake_quantize_*, all of torch 2.11
 
 Rounding is to nearest even, so the two differ on ties when the zero point is odd; without one they are the same.
 """

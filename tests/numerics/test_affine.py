@@ -30,6 +30,10 @@ def torch_quantized(x: Tensor, scale: float, zero_point: int) -> Tensor:
         return torch.quantize_per_tensor(x, scale, zero_point, torch.qint8).int_repr().int()
 
 
+# torch added the zero point outside until some version between 2.11 and 2.13
+TORCH_ORDER = "inside" if torch_quantized(torch.tensor([0.5]), 1.0, 1).tolist() == [2] else "outside"
+
+
 # Powers of two divide exactly. At other scales torch multiplies by 1 / scale, which moves a quotient by an ulp or two:
 # of values drawn at random none comes that close to a tie.
 @pytest.mark.parametrize("zero_point", [-3, 0, 1, 6])
@@ -39,14 +43,15 @@ def test_inside_is_what_torch_quantizes_and_outside_what_it_fakes(scale, zero_po
     inside = affine_encode(x, torch.tensor(scale), zero_point)
     outside = affine_encode(x, torch.tensor(scale), zero_point, order="outside")
     faked = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, -128, 127)
-    assert torch.equal(inside, torch_quantized(x, scale, zero_point))
+    assert torch.equal(inside if TORCH_ORDER == "inside" else outside, torch_quantized(x, scale, zero_point))
     assert torch.equal(affine_decode(outside, torch.tensor(scale), zero_point), faked)
     assert torch.equal(inside, outside) == (zero_point % 2 == 0 or scale == 0.1)
 
 
 def test_the_orders_differ_on_ties_as_torch_and_onnx_runtime_do():
     x, one = torch.tensor([0.5, 1.5, 2.5]), torch.tensor(1.0)
-    assert torch_quantized(x, 1.0, 1).tolist() == affine_encode(x, one, 1).tolist() == [2, 2, 4]
+    assert affine_encode(x, one, 1).tolist() == [2, 2, 4]
+    assert torch_quantized(x, 1.0, 1).tolist() == affine_encode(x, one, 1, order=TORCH_ORDER).tolist()
     # onnxruntime 1.32, QuantizeLinear to int8 and uint8 with scale 1 and zero point 1
     assert affine_encode(x, one, 1, order="outside").tolist() == [1, 3, 3]
     assert affine_encode(x, one, 1, signed=False, order="outside").tolist() == [1, 3, 3]
