@@ -76,8 +76,7 @@ def activate_backward_kernel(
     """What `_backward` makes of matrices [R, C] that lie row by row, rounded to their dtype, as fp8 codes under scales known
     before: of the gradients in both layouts, [R, C] and [C, 4 quads], the R rows padded with zeros, for SUMS with the sums of
     the columns of every BM rows, fp32 [tiles down, C]; of the activation transposed. The second gradient lies `next_` elements
-    behind the first. The maxima are raised to their largest magnitudes. WHOLE: tiles end where the
-    matrices do."""
+    behind the first. The maxima are raised to their largest magnitudes. WHOLE: tiles end where the matrices do."""
     program = tl.program_id(0)
     r0 = (program // tiles_c).to(tl.int64) * BM
     c0 = (program % tiles_c) * BN

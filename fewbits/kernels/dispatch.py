@@ -184,7 +184,7 @@ def quantize_both(
     if len(parts) > 1 or _traced(x) or amax is not None:
         if in_layouts(parts, format, granularity, rounding, scales):
             scale = scale_of(largest(parts, granularity) if amax is None else amax, format, scales)
-            return _both(parts, scale, format, granularity, scales, sums)
+            return encode_noting(parts, scale, format, granularity, scales, sums)
     elif (twin := _twin(x, format, rounding, scales)) is not None:
         with span(QUANTIZE):
             return Both(*twin.quantize_both(x, format, granularity, rounding, seed, scales))
@@ -198,7 +198,7 @@ def encode_both(
 ) -> Both:  # fmt: skip
     """`quantize_both` under a given scale."""
     if in_layouts(parts, format, granularity, rounding, scales):
-        return _both(parts, scale, format, granularity, scales, sums)
+        return encode_noting(parts, scale, format, granularity, scales, sums)
     (x,) = parts
     codes = definition.encode(x, scale, format, granularity, rounding, seed, scales)
     return Both.of(Quantized(codes, scale, format, granularity, scales))
@@ -206,24 +206,17 @@ def encode_both(
 
 def encode_noting(
     parts: Sequence[Tensor], scale: Tensor, format: Format, granularity: Granularity, scales: str, sums: bool,
-    maximum: Tensor,
+    maximum: Tensor | None = None,
 ) -> Both:  # fmt: skip
-    """`encode_both` of what `in_layouts` allows, with `maximum` raised to the largest magnitude by the same reading; what is
-    not finite has the code NaN."""
-    return _both(parts, scale, format, granularity, scales, sums, maximum)
+    """`encode_both` of what `in_layouts` allows, with `maximum`, if there is one, raised to the largest magnitude by the same
+    reading; what is not finite has the code NaN."""
+    codes, codes_t, found = layouts.encode_both(parts, scale, format, sums, maximum)
+    return Both.of(Quantized(codes, scale, format, granularity, scales), codes_t, found)
 
 
 def turned(codes: Tensor) -> Tensor:
     """The transpose of a matrix of fp8 codes: row by row where the kernels of layouts.py write it, else a view."""
     return layouts.turn(codes) if layouts_execution(codes.device).value == "kernel" else codes.t()
-
-
-def _both(
-    parts: Sequence[Tensor], scale: Tensor, format: Format, granularity: Granularity, scales: str, sums: bool,
-    maximum: Tensor | None = None,
-) -> Both:  # fmt: skip
-    codes, codes_t, found = layouts.encode_both(parts, scale, format, sums, maximum)
-    return Both.of(Quantized(codes, scale, format, granularity, scales), codes_t, found)
 
 
 def largest(parts: Sequence[Tensor], granularity: Granularity) -> Tensor:

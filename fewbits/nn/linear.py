@@ -66,13 +66,19 @@ class Linear(nn.Linear):
     def takes_codes(self) -> bool:
         """Whether who makes the input may make its codes instead, under the scale of the history: in training, within a step,
         from the third on."""
-        known = self.chained and self.history is not None and self.history.known
-        return known and torch.is_grad_enabled() and self.weight.requires_grad and unheard(self)
+        return self.chained and self.knows_scales() and self.learns_unheard()
+
+    def knows_scales(self) -> bool:
+        """Whether its delayed scales were known before this step."""
+        return self.history is not None and self.history.known
+
+    def learns_unheard(self) -> bool:
+        """Whether it is in training and nobody listens to it."""
+        return torch.is_grad_enabled() and self.weight.requires_grad and unheard(self)
 
     def splits(self, x: Tensor) -> bool:
         """Whether `split` takes x now: in few bits, in training, nobody listening to the whole product."""
-        training = torch.is_grad_enabled() and self.weight.requires_grad
-        return bool(self.recipe) and not self.fake and training and x.numel() > 0 and unheard(self)
+        return bool(self.recipe) and not self.fake and x.numel() > 0 and self.learns_unheard()
 
     def split(self, x: Tensor, widths: tuple[int, ...], codes: Codes | None = None) -> tuple[Tensor, ...]:
         """`forward` in parts [..., width] of its last axis, views of one product: as one node of autograd, so that a kernel may

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewbits.kernels.activation import activate
 from fewbits.nn.draw import Draw, coded, coded_backward
-from fewbits.nn.linear import Linear, unheard
+from fewbits.nn.linear import Linear
 from fewbits.nn.lowbit import Codes, column_sums, gradient_codes, multiply, recipe_of
 from fewbits.nn.scale_history import ACTIVATION, GRADIENT, Delayed
 from fewbits.numerics.quantize import Quantized
@@ -63,12 +63,11 @@ _SIZE = len(Part._fields)
 def together(layers: Sequence[Linear]) -> bool:
     """Whether `lowbit_mlp` takes these layers now: within a step, in training, nobody listening in between."""
     first = layers[0]
-    return torch.is_grad_enabled() and all(
+    return all(
         getattr(layer, "chained", False)  # a layer may have been replaced by one of another class
         and layer.recipe == first.recipe
-        and _known(layer) == _known(first)
-        and layer.weight.requires_grad
-        and unheard(layer)
+        and layer.knows_scales() == first.knows_scales()
+        and layer.learns_unheard()
         for layer in layers
     )
 
@@ -100,10 +99,6 @@ def lowbit_mlp(
     assert weight is not None
     inputs = (x.to(weight.dtype), again.to(weight.dtype), recipe, codes, codes_t, *parts)
     return _LowBitMLP.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _known(layer: Linear) -> bool:
-    return layer.history is not None and layer.history.known
 
 
 def _split(flat: Sequence[Any]) -> list[Part]:

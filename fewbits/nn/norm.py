@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from fewbits.kernels.dispatch import fused, norm_execution
 from fewbits.kernels.layouts import Known
 from fewbits.nn.linear import Linear, unheard
 from fewbits.nn.lowbit import Codes, activation_format
-from fewbits.numerics.norm import layer_norm, normalized, rms_norm, statistics
+from fewbits.numerics import norm as definition
+from fewbits.numerics.norm import layer_norm, rms_norm
 from fewbits.numerics.wide import wide_dtype
 
 
@@ -74,12 +76,7 @@ def add_norm(
     """x + branch, and the layer norm of that, or the root-mean-square norm where it is not centered: for a compiler, which
     makes the forward pass one kernel and calls kernels/norm.py for the backward pass. twice: the norm for each of two who
     read it, so that their gradients are added up where they are read."""
-
-    def make() -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        total = x + branch
-        mean, rstd = statistics(total, eps, centered)
-        return total, normalized(total, weight, bias, mean, rstd), mean, rstd
-
+    make = partial(definition.add_norm, x, branch, weight, bias, eps, centered)
     return _SumAndNorm.apply(x, branch, weight, bias, make, twice)  # type: ignore[no-any-return, no-untyped-call]
 
 

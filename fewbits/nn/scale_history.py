@@ -90,6 +90,7 @@ class ScaleStore:
             history.scales, history.maxima = (
                 [places[i, role, :1].view(1, 1).data for role in range(3)] for places in (self.scales, self.maxima)
             )
+        self._given = [scale for history in histories for scale in history.scales]
         self._know(False)
         limited = all(all(history.limits) for history in histories)
         self._watching = limited and layouts_execution(device).value == "kernel"  # others gain nothing by it
@@ -114,10 +115,12 @@ class ScaleStore:
         self._looked = False
         self.largest[:, :3].copy_(self.window.amax(2))
         self.maxima.zero_()
-        places = self.scales[:, :, 0]
+        if not self.known:
+            return
         # who goes backward after another step has begun would multiply codes under the scales of that one
-        torch.autograd.graph.increment_version([scale for history in self.histories for scale in history.scales])
-        for limit in self._formats if self.known else ():
+        torch.autograd.graph.increment_version(self._given)
+        places = self.scales[:, :, 0]
+        for limit in self._formats:
             places.copy_(torch.where(self._limits == limit, power_of_two_scale(self.largest, limit), places))
 
     def end(self) -> None:

@@ -83,6 +83,15 @@ def normalized(x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor | No
     return (normal if bias is None else normal + widen(bias)).to(x.dtype)
 
 
+def add_norm(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centered: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """x + branch [..., D], its norm, and the `statistics` of the sum."""
+    total = x + branch
+    mean, rstd = statistics(total, eps, centered)
+    return total, normalized(total, weight, bias, mean, rstd), mean, rstd
+
+
 def add_norm_codes(
     x: Tensor,
     branch: Tensor,
@@ -98,9 +107,8 @@ def add_norm_codes(
     Returns the sum, codes [R, D] and [D, R] of its norm as the dtype of x rounds it, the largest magnitude of that, fp32
     [1, 1], and the `statistics` of the sum.
     """
-    total = x + branch
-    mean, rstd = statistics(total, eps, centered)
-    codes, codes_t, _, amax = encode_both([normalized(total, weight, bias, mean, rstd)], scale, format)
+    total, y, mean, rstd = add_norm(x, branch, weight, bias, eps, centered)
+    codes, codes_t, _, amax = encode_both([y], scale, format)
     return total, codes, codes_t, amax, mean, rstd
 
 
