@@ -17,8 +17,8 @@ ACTIVATION, WEIGHT, GRADIENT = range(3)
 
 
 class Delayed(NamedTuple):
-    """What a layer with delayed scaling gives and takes, all fp32, and each a tensor of its own, because a compiled graph
-    copies one that both a forward and a backward pass change, and hands no part of one to a matmul.
+    """What a layer with delayed scaling gives and takes, all fp32, and each a tensor of its own (`_alone`), because a compiled
+    graph copies one that both a forward and a backward pass change, and hands no part of one to a matmul.
 
     maximum, grad_maximum: [1, 1], raised to the largest magnitude of the activation (of the weight, where it is quantized)
     and of the gradient. largest: [3] by role, those of earlier steps; or, where they are known, scale, grad_scale: [1, 1],
@@ -85,10 +85,9 @@ class ScaleStore:
         self.scales, self.maxima = torch.zeros(2, len(histories), 4, 4, device=device)
         for i, history in enumerate(histories):
             history.store, history.window = self, self.window[i]
-            # .data counts changes of its own: autograd keeps maxima, and another layer's note is no change of this one's
-            history.largest = self.largest[i, :3].data
+            history.largest = self.largest[i, :3].data  # .data counts changes of its own, as what is `_alone` does
             history.scales, history.maxima = (
-                [places[i, role, :1].view(1, 1).data for role in range(3)] for places in (self.scales, self.maxima)
+                [_alone(places[i, role, 0]) for role in range(3)] for places in (self.scales, self.maxima)
             )
         self._given = [scale for history in histories for scale in history.scales]
         self._know(False)
@@ -172,6 +171,17 @@ class ScaleStore:
         flag.copy_(found, non_blocking=True)
         event.record()
         self._watched.append((flag, event))
+
+
+def _alone(number: Tensor) -> Tensor:
+    """The memory of a number as [1, 1], in a storage that begins and ends with it.
+
+    To a compiler, tensors of one storage are parts of one. Where a kernel changes two, it has the second copied, and inductor
+    2.11 then looks for the copy as far behind its beginning as the number lies behind that of the storage.
+    """
+    begin = number.storage_offset() * number.itemsize
+    storage = number.untyped_storage()[begin : begin + number.itemsize]
+    return torch.empty(0, dtype=number.dtype, device=number.device).set_(storage, 0, (1, 1), (1, 1))  # type: ignore[call-overload,no-any-return]
 
 
 def scales_known(model: nn.Module) -> list[bool]:

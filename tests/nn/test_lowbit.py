@@ -307,7 +307,8 @@ def test_known_scales_are_those_of_the_largest_of_the_window_in_the_format_of_ea
     for history, wanted in ((first, [2.0**-7, 2.0**-7, 2.0**-14]), (second, [2.0**8, 2.0**2, 2.0**2])):
         assert [scale.tolist() for scale in history.scales] == [[[one]] for one in wanted]  # 3 / 448 and 3 / 57,344, up
         # where compiled graphs take them without a copy
-        assert all(place.storage_offset() * 4 % 16 == 0 for place in (*history.scales, *history.maxima))
+        for place in (*history.scales, *history.maxima):
+            assert place.data_ptr() % 16 == 0 and place.storage_offset() == 0 and place.untyped_storage().nbytes() == 4
 
 
 def test_limits_are_the_largest_numbers_of_the_formats_of_the_roles():
