@@ -2,11 +2,12 @@
 codes and sums, of one matrix and of three side by side, and with the largest magnitude ("maximum"); and codes row by row of
 every activation, which have no tiles.
 
-    OUT=/tmp python bench/layouts.py [--only gelu,maximum] [--compile]       # a GPU; 60 s
+    OUT=/tmp python bench/layouts.py [--only gelu,maximum] [--name NAME] [--compile]      # a GPU; 60 s
     python bench/layouts.py --smoke                                          # tiny matrices, the interpreter, writes nothing
 
-A tile is rows x columns x warps. Bytes are those that must be moved: every input once in bf16, and every code. --compile
-only compiles, so that processes can share the work before.
+A tile is rows x columns x warps, for gradients of activations also x tiles that a program takes one after the other x how many
+of them are on their way at once. Bytes are those that must be moved: every input once in bf16, and every code. --compile only
+compiles, so that processes can share the work before.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ TILES = (
     (64, 64, 4), (32, 128, 4), (64, 128, 4), (128, 64, 4), (64, 64, 2), (64, 64, 8), (32, 64, 4), (32, 64, 2), (128, 32, 4),
     (128, 64, 8), (64, 128, 8), (32, 256, 8),
 )  # fmt: skip
+TURNS = (
+    (64, 64, 4, 1, 1), (32, 128, 4, 1, 1), (64, 64, 4, 8, 1), (64, 64, 4, 8, 2), (64, 64, 4, 8, 3), (64, 64, 4, 16, 3),
+    (64, 64, 4, 4, 3), (32, 64, 4, 16, 3), (64, 64, 8, 8, 3), (64, 128, 8, 8, 3), (32, 128, 4, 8, 3), (64, 32, 4, 8, 3),
+)  # fmt: skip
 E5M2, E4M3 = Format.parse("fp8_e5m2"), Format.parse("fp8_e4m3")
 
 
@@ -40,12 +45,12 @@ def get_ahead() -> None:
     torch.cuda._sleep(2_000_000)
 
 
-def under(name: str, tile: tuple[int, int, int], call: Any) -> None:
+def under(name: str, tile: tuple[int, ...], call: Any) -> None:
     """Calls with a tile of that activation, or of `encode_both`."""
     if name in activation.TILES:
-        activation.TILES[name] = tile
+        activation.TILES[name] = tile  # type: ignore[assignment]
     else:
-        layouts.BOTH_TILE = tile
+        layouts.BOTH_TILE = tile  # type: ignore[assignment]
     call()
 
 
@@ -54,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--name", default="layouts_h200" if CUDA else "layouts")
     parser.add_argument("--only", default="codes,maximum," + ",".join(activation.NAMES))
     options = parser.parse_args()
     rows: dict[str, Any] = {}
@@ -78,7 +84,8 @@ def main() -> None:
             maximum = noted if name == "maximum" else None
             for label, parts in (("", given), ("three parts, ", thirds)):
                 calls[label] = partial(layouts.encode_both, parts, one, E5M2, True, maximum)
-        tiles = TILES[:2] if options.smoke else TILES
+        tiles: tuple[tuple[int, ...], ...] = TURNS if name in activation.TILES else TILES
+        tiles = tiles[:4] if options.smoke else tiles
         cases = {
             label + " x ".join(map(str, tile)): partial(under, name, tile, call)
             for label, call in calls.items()
@@ -97,7 +104,7 @@ def main() -> None:
                 rows[f"{name}, {case}"] = {"error": str(error).splitlines()[0][:120]}
             print(f"{name:16s} {case:28s} {rows[f'{name}, {case}']}", flush=True)
     if not (options.smoke or options.compile):
-        save("layouts_h200" if CUDA else "layouts", {"rows": rows, "shapes": {k: list(v) for k, v in SHAPES.items()}})
+        save(options.name, {"rows": rows, "shapes": {k: list(v) for k, v in SHAPES.items()}})
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from fewbits.numerics.quantize import carrier
 
 NAMES = {"gelu": (1, 1), "gelu_backward": (2, 1), "swiglu": (2, 1), "swiglu_backward": (3, 2)}
 """Name -> how many tensors it takes, and how many it makes."""
-TILES = {"gelu_backward": (64, 64, 4), "swiglu_backward": (32, 128, 4)}
-"""Rows, columns and warps of a program of `activate_backward`, the fastest of bench/layouts.py on an H200."""
-_BLOCK = 4096  # elements a program: two loads of 16 bytes a thread and tensor
+TILES = {"gelu_backward": (64, 64, 4, 4, 3), "swiglu_backward": (64, 64, 4, 8, 3)}
+"""Rows, columns, warps, turns and stages of a program of `activate_backward`, the fastest of bench/layouts.py on an H200."""
+_BLOCKS = (8192, 4096)  # elements a program, forward and backward: four or two loads of 16 bytes a thread and tensor
 
 
 class Coded(NamedTuple):
@@ -110,11 +110,12 @@ def _launch(
     second = torch.empty_like(a) if makes > 1 else a.new_empty(0)
     kernel: Any = activate_kernel if _interpreted(activate_kernel) else wrap_triton(activate_kernel)
     mantissa, lowest, limit = (0, 0, 0) if fmt is None else _constants(fmt)
-    n = a.numel()
-    kernel[(-(-n // _BLOCK),)](
+    n, backward = a.numel(), name.endswith("backward")
+    block = _BLOCKS[backward]
+    kernel[(-(-n // block),)](
         a, inputs[min(1, takes - 1)], inputs[-1], first, second if makes > 1 else a, a if scale is None else scale,
-        maxima, n, GATED=name.startswith("swiglu"), BACKWARD=name.endswith("backward"), CODES=fmt is not None,
-        mantissa=mantissa, lowest=lowest, limit=limit, BLOCK=_BLOCK, NATIVE=a.is_cuda, num_warps=8,
+        maxima, n, GATED=name.startswith("swiglu"), BACKWARD=backward, CODES=fmt is not None,
+        mantissa=mantissa, lowest=lowest, limit=limit, BLOCK=block, NATIVE=a.is_cuda, num_warps=8,
     )  # fmt: skip
     return first, second
 
@@ -129,8 +130,8 @@ def _activate_backward(
 
     fmt, of_hidden, makes, grad = Format.parse(format), Format.parse(hidden_format), NAMES[name][1], inputs[0]
     R, C = grad.shape
-    BM, BN, warps = TILES[name]
-    down, across, quads = -(-R // BM), -(-C // BN), -(-R // 4)
+    BM, BN, warps, turns, stages = TILES[name]
+    down, across, quads = -(-R // (BM * turns)), -(-C // BN), -(-R // 4)
     codes = torch.empty(makes, R, C, dtype=carrier(fmt), device=grad.device)
     codes_t = torch.empty(makes, C, 4 * quads, dtype=carrier(fmt), device=grad.device)
     hidden_t = torch.empty(C, 4 * quads, dtype=carrier(of_hidden), device=grad.device)
@@ -145,7 +146,7 @@ def _activate_backward(
         R, C, quads, across, R * C, 4 * quads * C, down * C,
         mantissa=mantissa, lowest=lowest, limit=limit,
         hidden_mantissa=hidden_mantissa, hidden_lowest=hidden_lowest, hidden_limit=hidden_limit,
-        GATED=makes > 1, SUMS=sums, BM=BM, BN=BN, WHOLE=R % BM == 0 and C % BN == 0, NATIVE=grad.is_cuda,
-        num_warps=warps,
+        GATED=makes > 1, SUMS=sums, BM=BM, BN=BN, TURNS=turns, STAGES=stages, WHOLE=R % (BM * turns) == 0 and C % BN == 0,
+        NATIVE=grad.is_cuda, num_warps=warps,
     )  # fmt: skip
     return codes, codes_t, hidden_t, parts

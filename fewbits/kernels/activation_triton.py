@@ -19,7 +19,9 @@ from fewbits.kernels.layouts_triton import (
     _fourth,
     _fp8,
     _inverse_power,
+    _larger,
     _marked,
+    _most,
     _raise,
     _raise_bits,
     _store_rows,
@@ -27,6 +29,7 @@ from fewbits.kernels.layouts_triton import (
     _store_words,
     _word,
 )
+from fewbits.kernels.math_triton import _exp, _reciprocal
 from fewbits.kernels.quantize_triton import _magnitude
 
 
@@ -71,33 +74,52 @@ def activate_backward_kernel(
     R, C, quads, tiles_c, next_codes, next_codes_t, next_sums,
     mantissa: tl.constexpr, lowest: tl.constexpr, limit: tl.constexpr, hidden_mantissa: tl.constexpr,
     hidden_lowest: tl.constexpr, hidden_limit: tl.constexpr, GATED: tl.constexpr, SUMS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr, NATIVE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, TURNS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):  # fmt: skip
     """What `_backward` makes of matrices [R, C] that lie row by row, rounded to their dtype, as fp8 codes under scales known
     before: of the gradients in both layouts, [R, C] and [C, 4 quads], the R rows padded with zeros, for SUMS with the sums of
-    the columns of every BM rows, fp32 [tiles down, C]; of the activation transposed. The second gradient lies `next_` elements
-    behind the first. The maxima are raised to their largest magnitudes. WHOLE: tiles end where the matrices do."""
-    program = tl.program_id(0)
-    r0 = (program // tiles_c).to(tl.int64) * BM
-    c0 = (program % tiles_c) * BN
-    p, p_one, p_two = _results(grad, x, up, 0, r0, c0, R, C, GATED, BM, BN, WHOLE, NATIVE)
-    q, q_one, q_two = _results(grad, x, up, 1, r0, c0, R, C, GATED, BM, BN, WHOLE, NATIVE)
-    r, r_one, r_two = _results(grad, x, up, 2, r0, c0, R, C, GATED, BM, BN, WHOLE, NATIVE)
-    s, s_one, s_two = _results(grad, x, up, 3, r0, c0, R, C, GATED, BM, BN, WHOLE, NATIVE)
-    word = _word(
-        p, q, r, s, _inverse_power(tl.load(hidden_scale)), hidden_mantissa, hidden_lowest, hidden_limit, NATIVE
-    )
-    _store_words(word, hidden_t, r0, c0, C, quads, BM, BN, WHOLE)
-    sums += (program // tiles_c) * C
-    _give(
-        p_one, q_one, r_one, s_one, scale, codes, codes_t, sums, maximum, r0, c0, R, C, quads, mantissa, lowest,
-        limit, SUMS, BM, BN, WHOLE, NATIVE,
-    )  # fmt: skip
+    the columns of every TURNS * BM rows, fp32 [groups down, C]; of the activation transposed. The second gradient lies `next_`
+    elements behind the first. The maxima are raised to their largest magnitudes.
+
+    A program takes TURNS tiles, one below the other, STAGES of which are on their way from memory at once. WHOLE: tiles end
+    where the matrices do.
+    """
+    group = tl.program_id(0) // tiles_c
+    c0 = (tl.program_id(0) % tiles_c) * BN
+    to_hidden = _inverse_power(tl.load(hidden_scale))
+    to_one = _inverse_power(tl.load(scale))
+    to_two = _inverse_power(tl.load(scale_2))
+    most = tl.zeros((BM // 4, BN), tl.float32)
+    total = tl.zeros((BM // 4, BN), tl.float32)
+    most_2 = tl.zeros((BM // 4, BN), tl.float32)
+    total_2 = tl.zeros((BM // 4, BN), tl.float32)
+    for turn in tl.range(0, TURNS, num_stages=STAGES):
+        r0 = (group * TURNS + turn).to(tl.int64) * BM
+        p, p_one, p_two = _results(grad, x, up, 0, r0, c0, R, C, GATED, BM, BN, WHOLE, NATIVE)
+        q, q_one, q_two = _results(grad, x, up, 1, r0, c0, R, C, GATED, BM, BN, WHOLE, NATIVE)
+        r, r_one, r_two = _results(grad, x, up, 2, r0, c0, R, C, GATED, BM, BN, WHOLE, NATIVE)
+        s, s_one, s_two = _results(grad, x, up, 3, r0, c0, R, C, GATED, BM, BN, WHOLE, NATIVE)
+        word = _word(p, q, r, s, to_hidden, hidden_mantissa, hidden_lowest, hidden_limit, NATIVE)
+        _store_words(word, hidden_t, r0, c0, C, quads, BM, BN, WHOLE)
+        most = _larger(most, _most(p_one, q_one, r_one, s_one))
+        total += (p_one + q_one) + (r_one + s_one)
+        word = _word(p_one, q_one, r_one, s_one, to_one, mantissa, lowest, limit, NATIVE)
+        _store_rows(word, codes, r0, c0, R, C, BM, BN, WHOLE)
+        _store_words(word, codes_t, r0, c0, C, quads, BM, BN, WHOLE)
+        if GATED:
+            most_2 = _larger(most_2, _most(p_two, q_two, r_two, s_two))
+            total_2 += (p_two + q_two) + (r_two + s_two)
+            word = _word(p_two, q_two, r_two, s_two, to_two, mantissa, lowest, limit, NATIVE)
+            _store_rows(word, codes + next_codes, r0, c0, R, C, BM, BN, WHOLE)
+            _store_words(word, codes_t + next_codes_t, r0, c0, C, quads, BM, BN, WHOLE)
+    _raise(maximum, most)
+    if SUMS:
+        _store_sums(total, sums + group * C, c0, C, BN)
     if GATED:
-        _give(
-            p_two, q_two, r_two, s_two, scale_2, codes + next_codes, codes_t + next_codes_t, sums + next_sums,
-            maximum_2, r0, c0, R, C, quads, mantissa, lowest, limit, SUMS, BM, BN, WHOLE, NATIVE,
-        )  # fmt: skip
+        _raise(maximum_2, most_2)
+        if SUMS:
+            _store_sums(total_2, sums + next_sums + group * C, c0, C, BN)
 
 
 @jit
@@ -114,20 +136,6 @@ def _results(
     hidden, one, two = _backward(g, a, b, GATED, NATIVE)
     dtype = grad.dtype.element_ty
     return hidden.to(dtype).to(tl.float32), one.to(dtype).to(tl.float32), two.to(dtype).to(tl.float32)
-
-
-@jit
-def _give(
-    p, q, r, s, scale, codes, codes_t, sums, maximum, r0, c0, R, C, quads, mantissa: tl.constexpr, lowest: tl.constexpr,
-    limit: tl.constexpr, SUMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr,
-    NATIVE: tl.constexpr,
-):  # fmt: skip
-    _raise(maximum, p, q, r, s)
-    if SUMS:
-        _store_sums(p, q, r, s, sums, c0, C, BN)
-    word = _word(p, q, r, s, _inverse_power(tl.load(scale)), mantissa, lowest, limit, NATIVE)
-    _store_rows(word, codes, r0, c0, R, C, BM, BN, WHOLE)
-    _store_words(word, codes_t, r0, c0, C, quads, BM, BN, WHOLE)
 
 
 @jit
@@ -162,11 +170,4 @@ def _gelu_parts(x, NATIVE: tl.constexpr):
 
 @jit
 def _sigmoid(x, NATIVE: tl.constexpr):
-    """By the reciprocal of the hardware where there is one: within a unit in the last place, and a sixth of SwiGLU's gradient
-    faster than the division that Triton has for it."""
-    below = 1.0 + tl.exp(-x)
-    if NATIVE:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [below], dtype=tl.float32, is_pure=True, pack=1
-        )  # fmt: skip
-    return 1.0 / below
+    return _reciprocal(1.0 + _exp(-x, NATIVE), NATIVE)

@@ -53,9 +53,9 @@ def encode_both_kernel(
     r = _fourth(x, 2, r0, first, R, width, BM, BN, WHOLE)
     s = _fourth(x, 3, r0, first, R, width, BM, BN, WHOLE)
     if NOTE:
-        _raise(maximum, p, q, r, s)
+        _raise(maximum, _most(p, q, r, s))
     if SUMS:
-        _store_sums(p, q, r, s, sums + (program // tiles_c) * C, c0, C, BN)
+        _store_sums((p + q) + (r + s), sums + (program // tiles_c) * C, c0, C, BN)
     word = _word(p, q, r, s, _inverse_power(tl.load(scale)), mantissa, lowest, limit, NATIVE)
     _store_rows(word, codes, r0, c0, R, C, BM, BN, WHOLE)
     _store_words(word, codes_t, r0, c0, C, quads, BM, BN, WHOLE)
@@ -78,9 +78,14 @@ def _inside(rows, columns, r0, c0, R, C):
 
 
 @jit
-def _raise(maximum, p, q, r, s):
-    """Raises a number, fp32 and not negative, to the largest magnitude of four tiles; a NaN is above all."""
-    most = _larger(_larger(tl.abs(p), tl.abs(q)), _larger(tl.abs(r), tl.abs(s)))
+def _most(p, q, r, s):
+    """The largest magnitude in every place of four tiles; a NaN is above all."""
+    return _larger(_larger(tl.abs(p), tl.abs(q)), _larger(tl.abs(r), tl.abs(s)))
+
+
+@jit
+def _raise(maximum, most):
+    """Raises a number, fp32 and not negative, to the largest of a tile of magnitudes."""
     _raise_bits(maximum, tl.max(tl.max(_magnitude(most), axis=1), axis=0))
 
 
@@ -95,9 +100,9 @@ def _larger(a, b):
 
 
 @jit
-def _store_sums(p, q, r, s, sums, c0, C, BN: tl.constexpr):
+def _store_sums(x, sums, c0, C, BN: tl.constexpr):
     columns = c0 + tl.arange(0, BN)
-    tl.store(sums + columns, tl.sum((p + q) + (r + s), axis=0), mask=columns < C)
+    tl.store(sums + columns, tl.sum(x, axis=0), mask=columns < C)
 
 
 @jit
@@ -169,27 +174,28 @@ def _store_words(word, codes_t, r0, c0, C, quads, BM: tl.constexpr, BN: tl.const
 
 
 @jit
-def turn_kernel(codes, codes_t, R, C, half, tiles_c, BM: tl.constexpr, BN: tl.constexpr, PAIRS: tl.constexpr):
-    """codes_t [C, R] of one-byte codes [R, C], each row by row; half: R / 2.
+def turn_kernel(codes, codes_t, R, C, stride, tiles_c, BM: tl.constexpr, BN: tl.constexpr, PAIRS: tl.constexpr):
+    """codes_t [C, R], rows `stride` apart, of one-byte codes [R, C] row by row.
 
-    PAIRS, for even R: two rows at a time as 16-bit words, which the matrix instructions of shared memory turn; bytes would be
-    stored there one by one.
+    PAIRS, for even R and stride: two rows at a time as 16-bit words, which the matrix instructions of shared memory turn; bytes
+    would be stored there one by one.
     """
     program = tl.program_id(0)
     columns = (program % tiles_c).to(tl.int64) * BN + tl.arange(0, BN)
     if PAIRS:
+        half = R // 2
         pairs = (program // tiles_c).to(tl.int64) * (BM // 2) + tl.arange(0, BM // 2)
         mask = (pairs < half)[:, None] & (columns < C)[None, :]
         first = codes + 2 * pairs[:, None] * C + columns[None, :]
         low = tl.load(first, mask=mask).to(tl.uint8, bitcast=True).to(tl.uint16)
         high = tl.load(first + C, mask=mask).to(tl.uint8, bitcast=True).to(tl.uint16)
-        words = tl.multiple_of(codes_t.to(tl.pointer_type(tl.uint16), bitcast=True), 16)  # a fresh tensor is aligned
-        tl.store(words + columns[None, :] * half + pairs[:, None], low | (high << 8), mask=mask)
+        words = codes_t.to(tl.pointer_type(tl.uint16), bitcast=True)
+        tl.store(words + columns[None, :] * (stride // 2) + pairs[:, None], low | (high << 8), mask=mask)
     else:
         rows = (program // tiles_c).to(tl.int64) * BM + tl.arange(0, BM)
         mask = (rows < R)[:, None] & (columns < C)[None, :]
         tile = tl.load(codes + rows[:, None] * C + columns[None, :], mask=mask)
-        tl.store(codes_t + columns[None, :] * R + rows[:, None], tile, mask=mask)
+        tl.store(codes_t + columns[None, :] * stride + rows[:, None], tile, mask=mask)
 
 
 @jit

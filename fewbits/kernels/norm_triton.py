@@ -11,7 +11,15 @@ except ImportError:  # kernels/norm.py is not asked then
         return function or jit
 
 
-from fewbits.kernels.layouts_triton import _fourth, _inverse_power, _raise, _store_rows, _store_words, _word
+from fewbits.kernels.layouts_triton import (
+    _fourth,
+    _inverse_power,
+    _most,
+    _raise,
+    _store_rows,
+    _store_words,
+    _word,
+)
 
 
 @jit
@@ -53,7 +61,7 @@ def encode_norm_kernel(
     q = _normal(total, weight, bias, mean, rstd, 1, r0, c0, N, D, CENTERED, BIASED, BM, BN, WHOLE)
     r = _normal(total, weight, bias, mean, rstd, 2, r0, c0, N, D, CENTERED, BIASED, BM, BN, WHOLE)
     s = _normal(total, weight, bias, mean, rstd, 3, r0, c0, N, D, CENTERED, BIASED, BM, BN, WHOLE)
-    _raise(maximum, p, q, r, s)
+    _raise(maximum, _most(p, q, r, s))
     word = _word(p, q, r, s, _inverse_power(tl.load(scale)), mantissa, lowest, limit, NATIVE)
     _store_rows(word, codes, r0, c0, N, D, BM, BN, WHOLE)
     _store_words(word, codes_t, r0, c0, D, quads, BM, BN, WHOLE)
@@ -84,11 +92,11 @@ def _normal(
 @jit
 def norm_backward_kernel(
     grad, other, along, x, weight, mean, rstd, out, parts, N, D: tl.constexpr, TURNS: tl.constexpr, TWO: tl.constexpr,
-    CENTERED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    CENTERED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out [N, D] as `norm_backward` of numerics/norm.py has it, ROWS rows at a time, every so many as there are programs; parts
     fp32 [1 or 2, programs, D]: what the rows of a program add to the gradients of weight and, if CENTERED, bias. TWO: the
-    gradient is the sum of grad and other."""
+    gradient is the sum of grad and other. STAGES: turns whose loads are under way at once."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     columns = tl.arange(0, BLOCK)
@@ -96,7 +104,7 @@ def norm_backward_kernel(
     factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     by_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     by_bias = tl.zeros((ROWS, BLOCK), tl.float32)
-    for turn in range(0, TURNS):
+    for turn in tl.range(0, TURNS, num_stages=STAGES):
         rows = (program + turn * programs) * ROWS + tl.arange(0, ROWS)
         there = rows < N
         mask = there[:, None] & inside[None, :]

@@ -181,7 +181,7 @@ def _alone(number: Tensor) -> Tensor:
     """
     begin = number.storage_offset() * number.itemsize
     storage = number.untyped_storage()[begin : begin + number.itemsize]
-    return torch.empty(0, dtype=number.dtype, device=number.device).set_(storage, 0, (1, 1), (1, 1))  # type: ignore[call-overload,no-any-return]
+    return torch.empty(0, dtype=number.dtype, device=number.device).set_(storage, 0, (1, 1), (1, 1))
 
 
 def scales_known(model: nn.Module) -> list[bool]:

@@ -67,16 +67,24 @@ def test_a_sum_its_statistics_and_the_codes_of_its_norm_are_those_of_the_definit
                 torch.testing.assert_close(mine, theirs, rtol=2.0**-16, atol=2.0**-20)
 
 
+def gradients_in_fp32(config, batches):
+    model = Transformer(config).cuda()
+    for batch in batches:
+        (model.loss_sum(batch) / 1024).backward()
+    return {name: p.grad.double() for name, p in model.named_parameters()}
+
+
 @needs_fp8
 @pytest.mark.parametrize("config", [GPT, LLAMA], ids=["gpt", "llama"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_norm_before_layers_of_few_bits_is_written_as_codes_from_the_third_step_on(config, compiled, monkeypatch):
-    """What is noted, and the gradients, are those of layers that read values, up to the error of fp8: a norm that is rounded
-    to another code now and then moves codes behind it, and those others. On fresh models gradients in fp8 are some 10 % off
-    (bench/gradient_errors.py); two of them were 5 to 6.5 % apart here on an H200."""
+    """What is noted is that of layers that read values, up to the error of fp8, and gradients are as far from exact ones: a
+    norm that is rounded to another code now and then moves codes behind it, and those others. On fresh models gradients in fp8
+    are some 11 % off (bench/gradient_errors.py), in other directions for two such models."""
     ids = [torch.randint(512, (8, 65), generator=torch.Generator().manual_seed(i)).cuda() for i in range(2)]
     batches = [{"input_ids": one[:, :-1].contiguous(), "labels": one[:, 1:].contiguous()} for one in ids]
     found = []
+    exact = gradients_in_fp32(config, batches)
     for choice in ("kernel", "definition"):
         torch._dynamo.reset()
         monkeypatch.setitem(dispatch._choices, ("gradients of norms", "cuda"), Choice(choice, "a test"))
@@ -100,8 +108,9 @@ def test_a_norm_before_layers_of_few_bits_is_written_as_codes_from_the_third_ste
     (ours, mine), (theirs, others) = found
     assert bool((theirs > 0).all())
     torch.testing.assert_close(ours, theirs, rtol=2.0**-4, atol=0)
-    for name, wanted in others.items():
-        assert float((mine[name] - wanted).norm()) <= 0.12 * float(wanted.norm()), name
+    for name, wanted in exact.items():
+        ours, theirs = (float((one[name] - wanted).norm() / wanted.norm()) for one in (mine, others))
+        assert ours <= 1.2 * theirs + 0.005, name
 
 
 @needs_fp8
