@@ -27,6 +27,8 @@ import torch
 from blocks import save
 from torch import Tensor
 
+from fewbits.formats import Format
+from fewbits.kernels import head as fp8
 from fewbits.kernels import loss as kernel
 from fewbits.kernels.dispatch import logits_format, loss_execution, recorded
 from fewbits.kernels.loss import DeviceHead, aligned_rows, multiply
@@ -41,9 +43,10 @@ MODELS = {  # tokens of a step, width, vocabulary
 }
 SMOKE = {"smoke": (16, 32, 300)}
 SHAPES = [
-    (block, warps) for block in (2048, 4096, 8192, 16384) for warps in (4, 8, 16) if 8 <= block / warps / 32 <= 64
+    (block, warps) for block in (2048, 4096, 8192, 16384) for warps in (4, 8, 16, 32) if 8 <= block / warps / 32 <= 64
 ]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+E5M2 = Format.parse("fp8_e5m2")
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 
@@ -104,7 +107,12 @@ def kernels(found: dict[str, Any], model: str, N: int, _D: int, V: int) -> None:
     logits = aligned_rows(rows, V, FP32, DEVICE).copy_(torch.randn(rows, V, device=DEVICE).mul_(3))
     narrow = aligned_rows(rows, V, FP16, DEVICE).copy_(logits)
     head = f"{model}, {rows} rows"
-    for block, warps in SHAPES if model == "gpt2-124m" else [(2048, 4), (4096, 8), (4096, 16), (8192, 16)]:
+    scale = definition.gradient_scale(factor, E5M2)
+    few = [(2048, 4), (4096, 8), (4096, 16), (8192, 16), (8192, 32)]
+    for block, warps in few if "50257" in model else [*few, (4096, 32)]:
+        call = partial(kernel.softmax_codes, narrow, labels, factor, scale, E5M2, block=block, warps=warps)
+        tried(found, f"{head}, fp16 -> e5m2, {block} x {warps} warps", partial(rate, call, 3 * rows * V, "gb_per_s"))
+    for block, warps in SHAPES if model == "gpt2-124m" else few:
         call = partial(kernel.softmax_gradient, narrow, labels, factor, BF16, block=block, warps=warps)
         tried(found, f"{head}, fp16 -> bf16, {block} x {warps} warps", partial(rate, call, 4 * rows * V, "gb_per_s"))
     cases: dict[str, tuple[Callable[[], Any], int]] = {
@@ -193,6 +201,19 @@ def once(
     return total.detach(), a.grad, b.grad
 
 
+class Fp8Head:
+    """The head in fp8. kept: bytes of codes of pieces that are multiplied with hidden states at once."""
+
+    def __init__(self, kept: int):
+        self.kept = kept
+
+    def gradients(self, *given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        before, fp8._KEPT_BYTES["cuda"] = fp8._KEPT_BYTES["cuda"], self.kept
+        found = fp8.fp8_gradients(*given, logits=FP16, kernel=CUDA)
+        fp8._KEPT_BYTES["cuda"] = before
+        return found
+
+
 def heads() -> dict[str, tuple[Any, bool, int]]:
     """Name -> (twin, whether the ratio is known to be 1, bytes of a piece in MiB)."""
     return {
@@ -206,6 +227,10 @@ def heads() -> dict[str, tuple[Any, bool, int]]:
         "fp32 logits": (DeviceHead(FP32), True, 1024),
         "fp32 logits, pieces of 64 MiB, about the cache": (DeviceHead(FP32), True, 64),
         "fp32 logits, pieces of 4 GiB": (DeviceHead(FP32), True, 4096),
+        "fp8": (Fp8Head(1 << 30), True, 1024),
+        "fp8, pieces of 512 MiB": (Fp8Head(1 << 30), True, 512),
+        "fp8, a weight gradient a piece": (Fp8Head(0), True, 1024),
+        "fp8, one weight gradient": (Fp8Head(8 << 30), True, 1024),
     }
 
 
@@ -270,6 +295,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=PARTS, action="append")
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--name", default="loss_head")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
     for name in arguments.only or PARTS:
@@ -282,7 +308,7 @@ def main() -> None:
     choices = {"loss": loss_execution(DEVICE), "logits": logits_format("auto", BF16, DEVICE)}
     results["choices"] = {**{name: list(choice) for name, choice in choices.items()}, **recorded()}
     if not arguments.smoke:
-        save("loss_head", results)
+        save(arguments.name, results)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from triton import jit  # noqa: E402
 
 from fewbits.formats import Format  # noqa: E402
 from fewbits.kernels import norm as kernel  # noqa: E402
-from fewbits.kernels.layouts import Known, _constants, turn  # noqa: E402
+from fewbits.kernels.layouts import Known, _constants, turn_into  # noqa: E402
 from fewbits.kernels.layouts_triton import _inverse_power, _raise, _store_rows, _store_words, _word  # noqa: E402
 from fewbits.kernels.norm_triton import _normal  # noqa: E402
 from fewbits.numerics.norm import statistics  # noqa: E402
@@ -186,7 +186,10 @@ class Work:
         wide = total.float() if mean is None else total.float() - mean
         y = (wide * rstd * self.weight.float() + self.bias.float()).to(total.dtype)
         codes = encode(y, self.scale, E4M3, Granularity(), scales="power-of-two")
-        return total, codes, turn(codes) if CUDA else codes.t().contiguous(), y.abs().amax()
+        codes_t = torch.empty_like(self.codes_t) if CUDA else codes.t().contiguous()
+        if CUDA:
+            turn_into(codes_t, codes)
+        return total, codes, codes_t, y.abs().amax()
 
     def one_kernel(self, design: Any, rows: int, block: int, warps: int) -> None:
         """`whole_rows_kernel` or `two_passes_kernel`."""

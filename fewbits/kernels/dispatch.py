@@ -214,9 +214,12 @@ def encode_noting(
     return Both.of(Quantized(codes, scale, format, granularity, scales), codes_t, found)
 
 
-def turned(codes: Tensor) -> Tensor:
-    """The transpose of a matrix of fp8 codes: row by row where the kernels of layouts.py write it, else a view."""
-    return layouts.turn(codes) if layouts_execution(codes.device).value == "kernel" else codes.t()
+def turn_into(codes_t: Tensor, codes: Tensor) -> None:
+    """Writes the transpose of a matrix of fp8 codes into a matrix of rows that may lie further apart."""
+    if layouts_execution(codes.device).value == "kernel":
+        layouts.turn_into(codes_t, codes)
+    else:
+        codes_t.view(torch.uint8).copy_(codes.view(torch.uint8).t())
 
 
 def largest(parts: Sequence[Tensor], granularity: Granularity) -> Tensor:

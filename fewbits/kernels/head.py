@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fewbits.kernels import loss as twin
-from fewbits.kernels.dispatch import in_layouts, largest, quantize_both, turned
+from fewbits.kernels.dispatch import in_layouts, largest, quantize_both, turn_into
 from fewbits.kernels.loss import padded, with_padding
 from fewbits.kernels.matmul import scaled_matmul
 from fewbits.numerics import loss as definition
@@ -27,7 +27,9 @@ from fewbits.numerics.wide import wide_dtype
 from fewbits.precision.recipe import RECIPES, Operand
 
 _ROWS = 16  # an fp8 instruction wants such multiples of a contraction, as the sum over tokens is; others run in fp32
-_CODES = 1  # byte of a gradient beside its logit: the codes of the other layout take the memory of the logits
+# Bytes up to which the codes of pieces are kept, turned, for one product with the hidden states: every product more passes
+# over the fp32 sum of the weight's gradient.
+_KEPT_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
 
 
 def fp8_gradients(
@@ -53,30 +55,45 @@ def fp8_gradients(
     scale = gradient_scale(factor, of_gradient.format)
     losses_N, grad_hidden_ND = hidden_ND.new_empty(N, dtype=wide), torch.empty_like(hidden_ND)
     grad_weight_WD, apart_N, between = None, losses_N.new_empty(N), twin if kernel else definition
-    rows = piece_rows(N, V, hidden_ND.device.type, logits.itemsize + _CODES)
-    for start in range(0, N, rows):
-        piece = slice(start, start + rows)
-        left, right = (
-            replace(q, codes=q.codes[at]) for q, at in ((hidden.matrix, piece), (hidden.transpose, (..., piece)))
-        )
-        logits_PV = scaled_matmul(left, weight.matrix, output.accumulator, logits)[:, :V]
-        losses_N[piece], codes_PV, apart_N[piece] = between.softmax_codes(
-            logits_PV, labels_N[piece], factor, scale, of_gradient.format
-        )
-        gradient = Quantized(
-            with_padding(codes_PV, columns), scale, of_gradient.format, of_gradient.granularity, of_gradient.scaling
-        )
-        del logits_PV, codes_PV
-        product_PD = scaled_matmul(gradient, weight.transpose, grad_input.accumulator, wide)
-        between.hidden_less_targets(product_PD, weight.matrix, labels_N[piece], apart_N[piece], grad_hidden_ND[piece])
-        gradient = replace(gradient, codes=turned(gradient.codes))
-        product_WD = scaled_matmul(gradient, right, grad_weight.accumulator, wide)
+    rows, kept = _shares(N, V, hidden_ND.device.type, logits)
+
+    def coded(codes: Tensor) -> Quantized:
+        return Quantized(codes, scale, of_gradient.format, of_gradient.granularity, of_gradient.scaling)
+
+    for begin in range(0, N, kept):
+        end = min(N, begin + kept)
+        for start in range(begin, end, rows):
+            piece = slice(start, min(start + rows, end))
+            left = replace(hidden.matrix, codes=hidden.matrix.codes[piece])
+            logits_PV = scaled_matmul(left, weight.matrix, output.accumulator, logits)[:, :V]
+            losses_N[piece], codes_PV, apart_N[piece] = between.softmax_codes(
+                logits_PV, labels_N[piece], factor, scale, of_gradient.format
+            )
+            codes_PW = with_padding(codes_PV, columns)
+            del logits_PV, codes_PV
+            product_PD = scaled_matmul(coded(codes_PW), weight.transpose, grad_input.accumulator, wide)
+            between.hidden_less_targets(
+                product_PD, weight.matrix, labels_N[piece], apart_N[piece], grad_hidden_ND[piece]
+            )
+            if start == begin:  # where there is one piece, in the memory of the logits
+                codes_WK = codes_PW.new_empty(columns, end - begin)
+            turn_into(codes_WK[:, start - begin : piece.stop - begin], codes_PW)
+            del codes_PW, product_PD
+        right = replace(hidden.transpose, codes=hidden.transpose.codes[:, begin:end])
+        product_WD = scaled_matmul(coded(codes_WK), right, grad_weight.accumulator, wide)
         grad_weight_WD = product_WD if grad_weight_WD is None else grad_weight_WD.add_(product_WD)
-        del gradient, product_PD, product_WD
+        del codes_WK, product_WD
     if grad_weight_WD is None:  # no token at all
         return losses_N, grad_hidden_ND, torch.zeros_like(weight_VD)
     between.weight_less_targets_(grad_weight_WD, hidden.matrix, labels_N, apart_N)
     return losses_N, grad_hidden_ND, grad_weight_WD[:V].to(weight_VD.dtype)
+
+
+def _shares(rows: int, vocabulary: int, device_type: str, logits: torch.dtype) -> tuple[int, int]:
+    """Rows of one piece, and of all whose codes are kept."""
+    piece = piece_rows(rows, vocabulary, device_type, logits.itemsize)
+    most = _KEPT_BYTES.get(device_type, _KEPT_BYTES["cpu"])
+    return piece, piece * max(1, most // (piece * vocabulary))
 
 
 def _both(x: Tensor, operand: Operand) -> Both:

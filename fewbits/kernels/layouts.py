@@ -27,6 +27,7 @@ TILE = (
     128,
     128,
 )  # elements of bf16 in 64 registers of each of 256 threads; both layouts are written 128 bytes at a time
+TURN_TILE = (256, 128)
 BOTH_TILE = (128, 64, 4)
 """Rows, columns and warps of a program of `encode_both`: the fastest of bench/layouts.py on an H200, with and without the
 largest magnitude."""
@@ -58,7 +59,7 @@ def encode_both(
     """
     if len(parts) > _MOST or any(part.shape[1] % BOTH_TILE[1] for part in parts[:-1]):  # a tile lies within one of them
         parts = [torch.cat(tuple(parts), 1)]
-    codes, codes_t, found = _operators()[0]([part.contiguous() for part in parts], scale, format.name, sums, maximum)
+    codes, codes_t, found = _operator()([part.contiguous() for part in parts], scale, format.name, sums, maximum)
     return codes, unpadded(codes_t, len(codes)), found.sum(0) if sums else None
 
 
@@ -67,35 +68,28 @@ def unpadded(codes_t: Tensor, rows: int) -> Tensor:
     return codes_t if codes_t.shape[1] == rows else codes_t[:, :rows].contiguous()
 
 
-def turn(codes: Tensor) -> Tensor:
-    """codes.t().contiguous() of a matrix of one-byte codes, as one call that a compiler keeps: 2 bytes an element."""
-    turned: Tensor = _operators()[1](codes.contiguous())
-    return turned
+def turn_into(codes_t: Tensor, codes: Tensor) -> None:
+    """Writes codes.t() of a matrix of one-byte codes into codes_t, row by row with rows that may lie further apart: 2 bytes an
+    element."""
+    from fewbits.kernels.layouts_triton import turn_kernel
+
+    (R, C), (BM, BN), stride = codes.shape, TURN_TILE, codes_t.stride(0)
+    down, across = -(-R // BM), -(-C // BN)
+    pairs = R % 2 == 0 and stride % 2 == 0 and codes_t.storage_offset() % 2 == 0
+    turn_kernel[(down * across,)](
+        codes.contiguous(), codes_t, R, C, stride, across, BM=BM, BN=BN, PAIRS=pairs, num_warps=8
+    )
 
 
 @cache
-def _operators() -> tuple[Any, Any]:
-    """The operators, made when first needed: naming their kernels imports Triton.
+def _operator() -> Any:
+    """The operator, made when first needed: naming its kernel imports Triton.
 
     A compiler sees the kernel inside and calls it as one of its own, which costs the host less than an operator of Python.
     """
     from torch.library import triton_op
 
-    both = triton_op("fewbits::encode_both", mutates_args=("maximum",))(_encode_both)
-    return both, triton_op("fewbits::turn", mutates_args=())(_turn)
-
-
-def _turn(codes: Tensor) -> Tensor:
-    from torch.library import wrap_triton
-
-    from fewbits.kernels.layouts_triton import turn_kernel
-
-    (R, C), (BM, BN) = codes.shape, TILE
-    codes_t = torch.empty(C, R, dtype=codes.dtype, device=codes.device)
-    down, across = -(-R // BM), -(-C // BN)
-    kernel: Any = turn_kernel if _interpreted(turn_kernel) else wrap_triton(turn_kernel)
-    kernel[(down * across,)](codes, codes_t, R, C, R // 2, across, BM=BM, BN=BN, PAIRS=R % 2 == 0, num_warps=8)
-    return codes_t
+    return triton_op("fewbits::encode_both", mutates_args=("maximum",))(_encode_both)
 
 
 def _encode_both(

@@ -33,10 +33,6 @@ from fewbits.numerics.wide import wide_dtype
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ALIGNED = 64  # what the columns of a matmul are padded to: 128 bytes of 16-bit numbers, one line of the cache
-BLOCK = 4096  # columns that a program reads at a time; bench/loss_head.py times others
-# from so many columns on a row keeps 16 warps busy (50,304 on an H200: 0.59 ms instead of 0.67), 32 where it becomes codes
-# (0.48 instead of 0.55); 6,400 do not
-_LONG = 4 * BLOCK
 _TARGET = 1024  # numbers of a target's row that a program takes at a time
 
 
@@ -77,15 +73,22 @@ def softmax_gradient(
 
 
 def softmax_codes(
-    logits_NV: Tensor, labels_N: Tensor, factor: Tensor, scale: Tensor, format: Format
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    format: Format,
+    *,
+    block: int = 0,
+    warps: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`softmax_codes` of numerics/loss.py by the same kernel; rows of codes lie a multiple of 64 from one another, with zeros
-    beside them. format: fp8; scale: fp32 [1, 1], a power of two."""
+    beside them. format: fp8; scale: fp32 [1, 1], a power of two. block, warps: as `softmax_gradient` takes them."""
     _refuse(logits_NV, logits_NV.dtype)
     N, V = logits_NV.shape
     codes_NV = aligned_rows(N, V, carrier(format), logits_NV.device)
     apart_N = torch.empty(N, dtype=torch.float32, device=logits_NV.device)
-    losses_N = _launch(logits_NV, codes_NV, labels_N, factor.float(), 0, 0, _Coding(format, scale, apart_N))
+    losses_N = _launch(logits_NV, codes_NV, labels_N, factor.float(), block, warps, _Coding(format, scale, apart_N))
     return losses_N, codes_NV, apart_N
 
 
@@ -147,17 +150,28 @@ def _launch(
     from fewbits.kernels.loss_triton import softmax_gradient_kernel
 
     (N, V), written = logits.shape, logits if gradient is None else gradient
-    warps = warps or (8 if V < _LONG else 16 if coding is None else 32)
+    fast_block, fast_warps = _shape(V, coding is not None)
     losses = torch.empty(N, dtype=torch.float32, device=logits.device)
     mantissa, lowest, limit = (0, 0, 0) if coding is None else _constants(coding.format)
     if N:
         softmax_gradient_kernel[(N,)](
             logits, written, losses, labels.contiguous(), losses if factor is None else factor,
             *((losses, losses) if coding is None else coding[1:]), logits.stride(0), written.stride(0),
-            V=V, IGNORE=IGNORE, GRADIENT=gradient is not None, BLOCK=block or BLOCK, CODES=coding is not None,
-            mantissa=mantissa, lowest=lowest, limit=limit, NATIVE=logits.is_cuda, num_warps=warps,
+            V=V, IGNORE=IGNORE, GRADIENT=gradient is not None, BLOCK=block or fast_block, CODES=coding is not None,
+            mantissa=mantissa, lowest=lowest, limit=limit, NATIVE=logits.is_cuda, num_warps=warps or fast_warps,
         )  # fmt: skip
     return losses
+
+
+def _shape(vocabulary: int, codes: bool) -> tuple[int, int]:
+    """Columns that a program reads at a time, and its warps: the fastest of bench/loss_head.py on an H200 at 6,400, 32,000,
+    50,257 and 50,304 columns. A long row wants so many warps that the rows at work fit into the cache for their second reading,
+    and what is left of one that 64 does not divide is read number by number, in blocks that should not be large."""
+    if vocabulary < 1 << 14:
+        return (2048, 4) if codes else (4096, 8)
+    if vocabulary % _ALIGNED:
+        return 4096, 16
+    return 8192, 16 if codes and vocabulary <= 1 << 15 else 32
 
 
 def _refuse(logits: Tensor, dtype: torch.dtype) -> None:

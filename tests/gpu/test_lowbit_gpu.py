@@ -468,13 +468,6 @@ def test_weights_together_get_the_codes_that_each_gets_alone(format):
                 assert_both((one.codes, one.codes_t), definition.encode(x, scale, fmt, Granularity(), scales="delayed"))
 
 
-@needs_fp8_codes
-@pytest.mark.parametrize("shape", [*AWKWARD, (4096, 768)], ids=str)
-def test_turned_codes_are_a_contiguous_transpose(shape):
-    codes = matrix(shape).clamp(-400, 400).to(torch.float8_e4m3fn)
-    assert_both((codes, layouts.turn(codes)), codes)
-
-
 @needs_hopper
 @pytest.mark.parametrize("name", ["fp8", "fp8-delayed"])
 def test_compiled_layers_write_both_layouts_and_keep_the_one_that_the_backward_wants(name):

@@ -11,7 +11,7 @@ from fewbits.choice import Choice
 from fewbits.formats import Format
 from fewbits.kernels import activation as kernel
 from fewbits.kernels import dispatch
-from fewbits.kernels.layouts import Known, encode_both, turn
+from fewbits.kernels.layouts import Known, encode_both, turn_into
 from fewbits.nn.lowbit import held_weights
 from fewbits.nn.scale_history import scales_known
 from fewbits.numerics import activation as definition
@@ -97,8 +97,13 @@ def test_a_value_that_is_not_finite_shows_in_its_codes_and_the_largest_magnitude
 
 @pytest.mark.parametrize("shape", [(1, 1), (130, 3), (131, 70), (80, 144), (2048, 768), (16384, 2560)])
 def test_turned_codes_are_the_transpose(shape):
-    codes = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
-    assert torch.equal(turn(codes).view(torch.uint8), codes.view(torch.uint8).t().contiguous())
+    codes = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
+    for begin, beside in ((0, 0), (64, 16), (3, 2)):
+        wide = torch.full((shape[1], begin + shape[0] + beside), 0x55, dtype=torch.uint8, device="cuda")
+        place = wide[:, begin : begin + shape[0]]
+        turn_into(place.view(torch.float8_e4m3fn), codes.view(torch.float8_e4m3fn))
+        assert torch.equal(place, codes.t())
+        assert bool((wide[:, :begin] == 0x55).all() and (wide[:, begin + shape[0] :] == 0x55).all())
 
 
 def gradients(config, precision, compiled, steps=5):

@@ -131,10 +131,15 @@ def test_a_part_that_lies_column_by_column_is_taken_too():
     assert_defined(parts, torch.ones(1, 1), E4M3)
 
 
-def test_turned_codes_are_a_contiguous_transpose():
-    for shape in SHAPES:
-        codes = matrix(shape).to(torch.float8_e4m3fn)
-        same(layouts.turn(codes), codes.t().contiguous())
+@pytest.mark.parametrize("begin", [0, 6, 7])
+def test_turned_codes_are_the_transpose_between_what_else_lies_there(begin):
+    for R, C in SHAPES:
+        for beside in (0, 1, 2):
+            codes = matrix((R, C)).to(torch.float8_e4m3fn)
+            wide = torch.full((C, begin + R + beside), 0x55, dtype=torch.uint8)
+            layouts.turn_into(wide[:, begin : begin + R].view(codes.dtype), codes)
+            assert torch.equal(wide[:, begin : begin + R], codes.view(torch.uint8).t())
+            assert bool((wide[:, :begin] == 0x55).all() and (wide[:, begin + R :] == 0x55).all())
 
 
 @pytest.mark.parametrize("format", FORMATS)
