@@ -1,8 +1,9 @@
 """Every C++ kernel of a CPU beside its definition: processor time of one thread, so that neighbours hardly show.
 
-    python bench/cpu_kernels.py [--repeats 9]
+    python bench/cpu_kernels.py [--repeats 9] [--only AdamW] [--name cpu_kernels]
 
-Shapes are those of a step of the nano recipe. Writes bench/results/cpu_kernels.json.
+Shapes are those of a step of the nano recipe. Writes bench/results/NAME.json. Updates stand beside torch's fused operators,
+which run where there is no compiler.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from typing import Any
 import torch
 from blocks import save
 
-from fewbits.kernels import fused_cpu, quantize_cpu
+from fewbits.kernels import fused_cpu, quantize_cpu, update_cpu
 from fewbits.kernels.heap import keep_freed_memory
 from fewbits.numerics import activation, attention, loss, norm
 from fewbits.numerics import quantize as definition
+from fewbits.numerics.update import adamw_
+from fewbits.optim import engine, master
+from fewbits.optim.adamw import _fused
 
 Pair = tuple[Callable[[], Any], Callable[[], Any]]
 
@@ -88,20 +92,48 @@ def between_matmuls() -> dict[str, Pair]:
     }
 
 
+def updating() -> dict[str, Pair]:
+    """(kernel, torch's fused operators in pieces) of an update of 2^21 weights, gradients of their dtype."""
+    group = {"betas": (0.9, 0.95), "weight_decay": 0.1, "eps": 1e-8}
+    fused = _fused("_fused_adamw_", group, 1e-4, 10)
+    assert fused is not None
+    scalars = torch.tensor([1 - 1e-5, 0.1, 0.1, 0.95, 0.05, 0.63, 1e-8, 1.5e-4])
+    found: dict[str, Pair] = {}
+    for name, kind, dtype in (
+        ("split", "split", torch.bfloat16),
+        ("fp32", "fp32", torch.bfloat16),
+        ("no", "none", torch.float32),
+    ):
+
+        def run(rule: Any, kind: str = kind, dtype: torch.dtype = dtype) -> Callable[[], Any]:
+            working, kept = master.rounded(kind, torch.randn(1 << 21), dtype)
+            moments = (torch.zeros(1 << 21), torch.zeros(1 << 21))
+            item = engine.Item(working.clone(), torch.randn(1 << 21).to(dtype), kept, moments)
+            settings = engine.Settings(rule, kind, torch.tensor(0.5), None, None, scalars)
+            return lambda: engine.run([item], settings, False)
+
+        found[f"AdamW, {name} master of {str(dtype).removeprefix('torch.')}"] = run(adamw_), run(fused)
+    return found
+
+
 def main() -> None:
     """Times every pair in turn and saves the least of each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=9)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--only", default="")
+    parser.add_argument("--name", default="cpu_kernels")
+    given = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    for library in (quantize_cpu.library(), fused_cpu.library()):
+    for library in (quantize_cpu.library(), fused_cpu.library(), update_cpu.library()):
         if library.value is None:
             raise SystemExit(library.reason)
     results = {}
-    for name, pair in {**quantizing(), **between_matmuls()}.items():
+    for name, pair in {**quantizing(), **between_matmuls(), **updating()}.items():
+        if given.only not in name:
+            continue
         times: list[list[float]] = [[], []]
-        for _ in range(repeats):
+        for _ in range(given.repeats):
             for taken, work in zip(times, pair, strict=True):
                 began = time.process_time()
                 work()
@@ -109,7 +141,7 @@ def main() -> None:
         ours, theirs = (min(taken[1:]) for taken in times)
         results[name] = {"kernel_ms": round(ours, 3), "definition_ms": round(theirs, 3)}
         print(f"{name:46s} {ours:8.2f} ms  definition {theirs:8.2f} ms  x{theirs / ours:.1f}", flush=True)
-    save("cpu_kernels", {"threads": 1, "clock": "processor time", "results": results})
+    save(given.name, {"threads": 1, "clock": "processor time", "results": results})
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fewbits.kernels import update as kernel
 from fewbits.optim import master
@@ -13,6 +15,13 @@ from fewbits.optim import master
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 MASTERS = [(bf16, "split"), (bf16, "fp32"), (bf16, "none"), (fp16, "fp32"), (fp16, "none"), (fp32, "none")]
 SCALARS = [[0.999, 0.1, 0.1, 0.95, 0.05, 0.3, 1e-8, 1e-2], [1e-2, 0.05, 0.9, 0.9, 0.1, 0.7, 1e-6, 3e-3]]
+
+
+class ExactRoots(TorchFunctionMode):
+    """torch's fp32 square root on a CPU may be off by a unit; rounded from fp64 it is exact (53 bits are 2 * 24 + 2)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0].double().sqrt().float() if func is Tensor.sqrt else func(*args, **(kwargs or {}))
 
 
 def spread(shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:

@@ -17,6 +17,7 @@ from fewbits.kernels import cpp, fused_cpu, layouts
 from fewbits.kernels import quantize as cuda_twin
 from fewbits.kernels import quantize_cpu as cpu_twin
 from fewbits.kernels import update as update_twin
+from fewbits.kernels import update_cpu as update_cpu_twin
 from fewbits.kernels.int8_matmul import int8_matmul
 from fewbits.numerics import quantize as definition
 from fewbits.numerics.quantize import Both, Key, Quantized
@@ -291,6 +292,28 @@ def update_execution(device: torch.device) -> Choice:
             else Choice("kernel", "one launch over all tensors, one pass over memory")
         )
     return _choices[key]
+
+
+def one_pass_execution() -> Choice:
+    """What updates weights on a CPU in eager code: the C++ "kernel", which has the bits of the definition, or torch's own
+    fused operators in cache-sized "pieces", which are within rounding of it."""
+    key = ("update in one pass", "cpu")
+    if key not in _choices:
+        found = update_cpu_twin.library()
+        why = "one pass over memory, masters with it"
+        _choices[key] = Choice("pieces", found.reason) if found.value is None else Choice("kernel", why)
+    return _choices[key]
+
+
+def updates_in_one_pass(rule: Callable[..., None], working: Tensor, gradient: Tensor) -> bool:
+    """Whether kernels/update_cpu.py updates such a weight."""
+    if (
+        working.device.type != "cpu"
+        or one_pass_execution().value != "kernel"
+        or update_cpu_twin.library().value is None
+    ):
+        return False
+    return not update_cpu_twin.why_not(rule, working.dtype, gradient.dtype)
 
 
 def probed(name: str, device: torch.device, probe: Callable[[], str]) -> Choice:

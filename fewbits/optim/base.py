@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fewbits.choice import Choice
 from fewbits.errors import FewbitsError
+from fewbits.kernels.dispatch import updates_in_one_pass
 from fewbits.kernels.update import Cut, norm
 from fewbits.nn import remainder
 from fewbits.numerics.wide import wide_dtype
@@ -173,9 +174,11 @@ class Optimizer(torch.optim.Optimizer):
             count = int(self.applied_steps) + 1
         known: dict[Any, tuple[engine.Rule, Tensor]] = {}
         for (index, kind, dtype, _, born), bundle in found.items():
-            key = (index, born, wide_dtype(dtype))
+            item = bundle.items[0]
+            one_pass = updates_in_one_pass(type(self).rule, item.working, item.gradient)
+            key = (index, born, wide_dtype(dtype), one_pass)
             if key not in known:
-                known[key] = self._rule_and_scalars(bundle, count, lr_factor, wide_dtype(dtype))
+                known[key] = self._rule_and_scalars(bundle, count, lr_factor, wide_dtype(dtype), one_pass)
             rule, scalars = known[key]
             self._run(bundle.items, engine.Settings(rule, kind, factor, clip_value, applied, scalars))
 
@@ -257,7 +260,7 @@ class Optimizer(torch.optim.Optimizer):
         self.state[parameter] = state
 
     def _rule_and_scalars(
-        self, bundle: Bundle, count: Scalar, lr_factor: Tensor, dtype: torch.dtype
+        self, bundle: Bundle, count: Scalar, lr_factor: Tensor, dtype: torch.dtype, one_pass: bool
     ) -> tuple[engine.Rule, Tensor]:
         group = bundle.group
         rule: engine.Rule = type(self).rule
@@ -266,7 +269,7 @@ class Optimizer(torch.optim.Optimizer):
             tensors = [value if isinstance(value, Tensor) else self._constant(float(value)) for value in values]
             return rule, torch.stack(tensors).to(dtype)
         lr, n = float(group["lr"]) * float(lr_factor), int(count) - int(bundle.since)
-        if self.execution.value == "eager":
+        if self.execution.value == "eager" and not one_pass:
             rule = self.cpu_rule(group, lr, n) or rule
         return rule, torch.tensor(self.scalars(group, lr, n), dtype=torch.float64).to(dtype)
 

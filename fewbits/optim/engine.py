@@ -10,13 +10,15 @@ import functools
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fewbits.choice import Choice
 from fewbits.errors import FewbitsError
-from fewbits.kernels.dispatch import update_execution
+from fewbits.kernels import update_cpu
+from fewbits.kernels.dispatch import update_execution, updates_in_one_pass
 from fewbits.numerics.wide import wide_dtype
 from fewbits.optim import master
 
@@ -137,10 +139,31 @@ def parts(items: Sequence[Item]) -> list[list[Item]]:
 
 def run(part: Sequence[Item], settings: Settings, compiled: bool) -> None:
     """Updates one part in place. A compiler that fails does so before anything of the part has changed."""
-    if len(part) == 1 and _is_flat(part[0]):
+    if not compiled and settings.applied is None and all(map(partial(_in_one_pass, settings.rule), part)):
+        for item in part:
+            _run_in_one_pass(item, settings)
+    elif len(part) == 1 and _is_flat(part[0]):
         _run_flat(part[0], settings, compiled)
     else:
         _run_together(part, settings, compiled)
+
+
+def _in_one_pass(rule: Rule, item: Item) -> bool:
+    plain = all(type(one) in (Tensor, torch.nn.Parameter) for one in (item.gradient, *item.stored()))
+    return plain and updates_in_one_pass(rule, item.working, item.gradient)
+
+
+def _run_in_one_pass(item: Item, settings: Settings) -> None:
+    s, stored = settings, item.stored()
+    rows = [one.contiguous() for one in stored]
+    kept, moments = (rows[1], rows[2:]) if item.master is not None else (None, rows[1:])
+    update_cpu.update(
+        s.rule, s.kind, rows[0], item.gradient.contiguous(), kept, moments, s.factor, s.clip_value, s.scalars
+    )
+    for one, new in zip(stored, rows, strict=True):
+        if new is not one:  # it does not lie row by row
+            one.copy_(new)
+    torch.autograd.graph.increment_version(stored)
 
 
 def _is_flat(item: Item) -> bool:

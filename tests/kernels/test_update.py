@@ -7,8 +7,7 @@ import pytest
 import torch
 from interpreter import INTERPRETED
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from update_rows import MASTERS, bf16, bits, copied, fp16, fp32, row_from, spread, stored
+from update_rows import MASTERS, ExactRoots, bf16, bits, copied, fp16, fp32, row_from, spread, stored
 from update_rows import SCALARS as rows_scalars
 from update_rows import table_of as rows_table
 
@@ -23,13 +22,6 @@ CUT = kernel.Cut(block=64, norm_block=32, norm_repeat=4)
 SHAPES = [(3, 64), (130,), (1,), (0,), (), (7, 9)]  # whole chunks, a tail, less than a chunk, nothing at all
 SCALARS = torch.tensor(rows_scalars)
 YES, THIRD = torch.tensor(True), torch.tensor(0.3)
-
-
-class ExactRoots(TorchFunctionMode):
-    """torch's fp32 square root on a CPU may be off by a unit; rounded from fp64 it is exact (53 bits are 2 * 24 + 2)."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0].double().sqrt().float() if func is Tensor.sqrt else func(*args, **(kwargs or {}))
 
 
 def row_of(shape: tuple[int, ...], *rest: Any) -> kernel.Row:
