@@ -209,9 +209,10 @@ class Fp8Head:
 
     def gradients(self, *given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         before, fp8._KEPT_BYTES["cuda"] = fp8._KEPT_BYTES["cuda"], self.kept
-        found = fp8.fp8_gradients(*given, logits=FP16, kernel=CUDA)
-        fp8._KEPT_BYTES["cuda"] = before
-        return found
+        try:
+            return fp8.fp8_gradients(*given, logits=FP16, kernel=CUDA)
+        finally:
+            fp8._KEPT_BYTES["cuda"] = before
 
 
 def heads() -> dict[str, tuple[Any, bool, int]]:

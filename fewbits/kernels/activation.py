@@ -131,6 +131,11 @@ def _activate_backward(
     fmt, of_hidden, makes, grad = Format.parse(format), Format.parse(hidden_format), NAMES[name][1], inputs[0]
     R, C = grad.shape
     BM, BN, warps, turns, stages = TILES[name]
+    if grad.element_size() > 2:  # three stages of such tiles do not fit into the 99 KiB that smaller cards have
+        stages = 1
+    units = torch.cuda.get_device_properties(grad.device).multi_processor_count if grad.is_cuda else 1
+    while turns > 1 and -(-R // (BM * turns)) * -(-C // BN) < 2 * units:  # too few programs for the card
+        turns //= 2
     down, across, quads = -(-R // (BM * turns)), -(-C // BN), -(-R // 4)
     codes = torch.empty(makes, R, C, dtype=carrier(fmt), device=grad.device)
     codes_t = torch.empty(makes, C, 4 * quads, dtype=carrier(fmt), device=grad.device)

@@ -28,6 +28,7 @@ TILE = (
     128,
 )  # elements of bf16 in 64 registers of each of 256 threads; both layouts are written 128 bytes at a time
 TURN_TILE = (256, 128)
+"""Rows and columns of a program of `turn_into`, with 8 warps: 5 % faster than `TILE` on an H200."""
 BOTH_TILE = (128, 64, 4)
 """Rows, columns and warps of a program of `encode_both`: the fastest of bench/layouts.py on an H200, with and without the
 largest magnitude."""
@@ -73,9 +74,10 @@ def turn_into(codes_t: Tensor, codes: Tensor) -> None:
     element."""
     from fewbits.kernels.layouts_triton import turn_kernel
 
+    assert codes_t.stride(1) == 1
     (R, C), (BM, BN), stride = codes.shape, TURN_TILE, codes_t.stride(0)
     down, across = -(-R // BM), -(-C // BN)
-    pairs = R % 2 == 0 and stride % 2 == 0 and codes_t.storage_offset() % 2 == 0
+    pairs = R % 2 == 0 and stride % 2 == 0 and codes_t.data_ptr() % 2 == 0
     turn_kernel[(down * across,)](
         codes.contiguous(), codes_t, R, C, stride, across, BM=BM, BN=BN, PAIRS=pairs, num_warps=8
     )

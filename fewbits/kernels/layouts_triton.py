@@ -177,8 +177,8 @@ def _store_words(word, codes_t, r0, c0, C, quads, BM: tl.constexpr, BN: tl.const
 def turn_kernel(codes, codes_t, R, C, stride, tiles_c, BM: tl.constexpr, BN: tl.constexpr, PAIRS: tl.constexpr):
     """codes_t [C, R], rows `stride` apart, of one-byte codes [R, C] row by row.
 
-    PAIRS, for even R and stride: two rows at a time as 16-bit words, which the matrix instructions of shared memory turn; bytes
-    would be stored there one by one.
+    PAIRS, for even R and stride from an even address on: two rows at a time as 16-bit words, which the matrix instructions of
+    shared memory turn; bytes would be stored there one by one.
     """
     program = tl.program_id(0)
     columns = (program % tiles_c).to(tl.int64) * BN + tl.arange(0, BN)

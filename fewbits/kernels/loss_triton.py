@@ -80,9 +80,11 @@ def softmax_gradient_kernel(
             tl.debug_barrier()  # the target's place is written once more, after everything
             if CODES:
                 own = _softmax(target, largest, share, gradient, CODES, mantissa, lowest, limit, NATIVE)
-                others = (tl.sum(sums, axis=0) - _value(own, mantissa, lowest, NATIVE)) * tl.load(scale)
-                tl.store(apart + row, tl.where(token, others, 0.0))
-                own = _rounded(target * 0.0, gradient, CODES, mantissa, lowest, limit, NATIVE)
+                # out of the few numbers that were added up where it was: out of the sum of all it would leave its rounding,
+                # which for a target that is expected is more than all others are
+                own = tl.where(columns == label % BLOCK, _value(own, mantissa, lowest, NATIVE), 0.0)
+                tl.store(apart + row, tl.where(token, tl.sum(sums - own, axis=0) * tl.load(scale), 0.0))
+                own = _rounded(tl.zeros_like(target), gradient, CODES, mantissa, lowest, limit, NATIVE)
             else:
                 own = (_exp(target - largest, NATIVE) * share - weight).to(gradient.dtype.element_ty)
             tl.store(gradient + label, own, mask=token)

@@ -25,7 +25,8 @@ from fewbits.numerics.quantize import carrier
 WIDEST = 8192  # a row lies in the registers of a program
 _ROWS = 4
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_FEW = 1024  # columns up to which three turns of rows fit beside one another
+_FEW = 1024  # columns up to which three turns of 16-bit rows fit beside one another, in the 99 KiB that smaller cards have too
+_STAGES = 3
 _ELEMENTS = 8192  # of a program that finds statistics: 64 in the registers of each of 128 threads
 
 
@@ -122,7 +123,8 @@ def _norm_backward(
     first[(programs,)](
         grads[0], grads[-1], along, x, weight, rstd if mean is None else mean, rstd, out, parts, N, D=D,
         TURNS=-(-N // (programs * _ROWS)), TWO=len(grads) > 1, CENTERED=mean is not None, ROWS=_ROWS,
-        BLOCK=1 << (D - 1).bit_length(), STAGES=3 if D <= _FEW else 1, num_warps=4,
+        BLOCK=1 << (D - 1).bit_length(), STAGES=_STAGES if D <= _FEW and x.element_size() == 2 else 1,
+        num_warps=4,
     )  # fmt: skip
     second[(-(-D // 32), matrices)](parts, totals, P=programs, D=D, ROWS=64, BLOCK=32, num_warps=4)
     return out, totals

@@ -80,7 +80,7 @@ def piece_rows(rows: int, vocabulary: int, device_type: str, logit_bytes: int = 
     by_memory = _PIECE_BYTES.get(device_type, 64 << 20) // (logit_bytes * vocabulary)
     most = max(64, by_memory // 64 * 64)
     if device_type == "cuda":  # a short last piece would pass over the fp32 sum of the weight gradient for a few rows
-        pieces = -(-rows // most)
+        pieces = max(1, -(-rows // most))
         return max(1, -(-rows // (64 * pieces)) * 64)
     return max(1, min(most, max(64, -(-rows // 4))))
 

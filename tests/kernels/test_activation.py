@@ -21,7 +21,7 @@ DEFINED = {
     "swiglu": definition.swiglu,
     "swiglu_backward": definition.swiglu_backward,
 }
-SHAPES = ((1, 1), (130, 3), (3, 300), (65, 200), (80, 144), (64, 130), (512, 64), (530, 70))
+SHAPES = ((1, 1), (130, 3), (3, 300), (65, 200), (80, 144), (64, 128), (64, 130), (512, 64), (530, 70))
 
 
 def inputs(name: str, shape: tuple[int, int], dtype: torch.dtype) -> list[torch.Tensor]:

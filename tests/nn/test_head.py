@@ -92,7 +92,11 @@ def test_an_fp8_head_multiplies_the_codes_of_its_operands_in_pieces_of_which_som
     hidden, weight, labels = fp8_case(T=150, V=V)  # 450 tokens: seven pieces and a part of one
     hidden[:, 1::5] *= 3  # some targets are expected
     labels[:, 1::5] = (hidden.float() @ weight.float().t()).argmax(-1)[:, 1::5]
+    products, multiply = [], head.scaled_matmul
+    monkeypatch.setattr(head, "scaled_matmul", lambda *given: products.append(given[0].codes.shape) or multiply(*given))
     found = gradients_of("fp8", hidden, weight, labels)
+    wanted = {0: [64] * 7 + [16], 3: [192, 192, 80], 100: [464]}[kept]  # 450 tokens and what makes them sixteens
+    assert [tokens for rows, tokens in products if rows == 128] == wanted  # codes [V, tokens], V padded
     x, w = (quantize(matrix.reshape(-1, 32), "fp8_e4m3").dequantize(torch.float64) for matrix in (hidden, weight))
     flat, factor = labels.reshape(-1), torch.tensor(2.0**-5).double()
     losses, gradient = loss_definition.softmax_gradient(x @ w.t(), flat, factor, torch.float64)
