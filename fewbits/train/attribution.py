@@ -50,7 +50,7 @@ _CPU_RULES: tuple[tuple[str, str], ...] = (
     (r"^aten::_?(mm|addmm_?|bmm|baddbmm_?|int_mm|scaled_mm)$|^(mkldnn|mkl|onednn|quantized)::.*linear", MATMUL),
     (r"attention", ATTENTION_PART),
     (r"soft_?max|nll_loss|cross_entropy", LOSS_PART),
-    (r"_fused_adam|_fused_sgd|_foreach", OPTIMIZER),
+    (r"^update$|_fused_adam|_fused_sgd|_foreach", OPTIMIZER),
     (r"^aten::(copy_|_to_copy|clone|cat|contiguous|fill_|zero_|pin_memory|.*_copy)$", COPIES),
     (
         r"^aten::(view|reshape|as_strided|empty|new_|resize_|t|transpose|expand|slice|select|narrow|detach|alias|"

@@ -114,6 +114,7 @@ def test_operators_of_a_cpu_are_known_and_views_are_the_hosts_own_time() -> None
     assert operator_part("aten::_scaled_dot_product_flash_attention_for_cpu") == ATTENTION_PART
     assert operator_part("aten::_softmax", [LOSS_HEAD]) == LOSS_PART
     assert operator_part("aten::mul", [UPDATE]) == operator_part("aten::_fused_adamw_") == OPTIMIZER
+    assert operator_part("update", [UPDATE]) == OPTIMIZER  # the C++ of kernels/update_cpu.py
     assert operator_part("quantize", ["forward"]) == operator_part("fewbits::encode_both") == QUANTIZATION
     assert operator_part("norm_backward", ["backward", "_NormBackward"]) == operator_part("gelu") == ELEMENTWISE
     assert operator_part("attention_softmax") == ATTENTION_PART and operator_part("softmax_gradient") == LOSS_PART
