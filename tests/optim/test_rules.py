@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.choice import Choice
-from fewbits.kernels import dispatch
+from fewbits.kernels import dispatch, update_cpu
 from fewbits.optim import engine
 from fewbits.optim.adamw import Adam, AdamW
 from fewbits.optim.base import Optimizer
@@ -235,6 +235,21 @@ def test_groups_keep_their_own_options_and_names():
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name] * (0.75 if parameter.ndim == 2 else 1.0))
     assert optimizer.param_groups[0]["param_names"] == ["0.weight"]
+
+
+@pytest.mark.skipif(update_cpu.library().value is None, reason="no C++ compiler")
+@pytest.mark.parametrize("make", [AdamW, Adam, SGD])
+def test_a_cpu_updates_what_it_can_in_one_pass(make: Any, monkeypatch: pytest.MonkeyPatch):
+    updated, update = [], update_cpu.update
+    monkeypatch.setattr(update_cpu, "update", lambda *given: updated.append(given[2].dtype) or update(*given))
+    types = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+    parameters = [nn.Parameter(torch.ones(128, dtype=dtype)) for dtype in types]
+    optimizer = make(parameters, lr=1e-2)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert updated == types[:3]
+    assert all(bool((parameter < 1).all()) for parameter in parameters)
 
 
 @pytest.mark.parametrize("make", [AdamW, Adam])
