@@ -28,8 +28,8 @@ from fewbits.precision.recipe import RECIPES, Operand
 
 _ROWS = 16  # an fp8 instruction wants such multiples of a contraction, as the sum over tokens is; others run in fp32
 # Bytes up to which the codes of pieces are kept, turned, for one product with the hidden states: every product more passes
-# over the fp32 sum of the weight's gradient. They lie beside the logits and codes of the next piece, 1.0 GiB more at the peak
-# of gpt2-124m with 32,768 tokens, for 0.7 ms (bench/loss_head.py).
+# over the fp32 sum of the weight's gradient. They lie beside the logits and codes of the next piece: 1.0 GiB more at the peak
+# of gpt2-124m with 32,768 tokens (docs/performance.md).
 _KEPT_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
 
 
