@@ -93,7 +93,8 @@ void update(int threads, long n, W* working, const G* gradient, void* kept, floa
             if (clipped) run(remembers, std::true_type());
             else run(remembers, std::false_type());
         };
-        if (rule != SGD || first) by_clipping(std::true_type());
+        if constexpr (rule != SGD) by_clipping(std::true_type());
+        else if (first) by_clipping(std::true_type());
         else by_clipping(std::false_type());
     });
 }
