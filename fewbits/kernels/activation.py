@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fewbits.formats import Format
-from fewbits.kernels.layouts import Known, _constants, _interpreted, unpadded
+from fewbits.kernels.layouts import Known, _constants, _interpreted, processors, unpadded
 from fewbits.numerics.quantize import carrier
 
 NAMES = {"gelu": (1, 1), "gelu_backward": (2, 1), "swiglu": (2, 1), "swiglu_backward": (3, 2)}
@@ -133,8 +133,7 @@ def _activate_backward(
     BM, BN, warps, turns, stages = TILES[name]
     if grad.element_size() > 2:  # three stages of such tiles do not fit into the 99 KiB that smaller cards have
         stages = 1
-    units = torch.cuda.get_device_properties(grad.device).multi_processor_count if grad.is_cuda else 1
-    while turns > 1 and -(-R // (BM * turns)) * -(-C // BN) < 2 * units:  # too few programs for the card
+    while turns > 1 and -(-R // (BM * turns)) * -(-C // BN) < 2 * processors(grad.device):
         turns //= 2
     down, across, quads = -(-R // (BM * turns)), -(-C // BN), -(-R // 4)
     codes = torch.empty(makes, R, C, dtype=carrier(fmt), device=grad.device)

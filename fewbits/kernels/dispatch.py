@@ -277,7 +277,8 @@ def update_execution(device: torch.device) -> Choice:
     The kernel is tried on a few numbers, once a process; where it fails, the reason says how.
     """
     if device.type != "cuda":
-        return Choice("eager", f"on a {device.type} the update runs in cache-sized pieces, and compiling takes seconds")
+        how = "in one pass of C++ or in cache-sized pieces"  # `one_pass_execution`
+        return Choice("eager", f"on a {device.type} the update runs {how}, and torch.compile takes seconds")
     if not torch.cuda.is_available():
         return Choice("eager", "torch finds no CUDA device here")
     if not update_twin.installed():

@@ -64,6 +64,11 @@ def encode_both(
     return codes, unpadded(codes_t, len(codes)), found.sum(0) if sums else None
 
 
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU, which programs should not be fewer than; 1 elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def unpadded(codes_t: Tensor, rows: int) -> Tensor:
     """Transposed codes [C, R] of `rows` R from columns that kernels pad to whole words."""
     return codes_t if codes_t.shape[1] == rows else codes_t[:, :rows].contiguous()

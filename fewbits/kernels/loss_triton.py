@@ -65,18 +65,13 @@ def softmax_gradient_kernel(
             share = weight / total
             sums = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, whole, BLOCK):
-                x = tl.load(logits + start + columns).to(tl.float32)
-                out = _softmax(x, largest, share, gradient, CODES, mantissa, lowest, limit, NATIVE)
-                tl.store(gradient + start + columns, out)
-                if CODES:
-                    sums += _value(out, mantissa, lowest, NATIVE)
+                sums += _write(
+                    logits, gradient, start + columns, V, largest, share, CODES, False, mantissa, lowest, limit, NATIVE
+                )
             if whole < V:
-                inside = whole + columns < V
-                x = tl.load(logits + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
-                out = _softmax(x, largest, share, gradient, CODES, mantissa, lowest, limit, NATIVE)
-                tl.store(gradient + whole + columns, out, mask=inside)
-                if CODES:
-                    sums += _value(out, mantissa, lowest, NATIVE)
+                sums += _write(
+                    logits, gradient, whole + columns, V, largest, share, CODES, True, mantissa, lowest, limit, NATIVE
+                )
             tl.debug_barrier()  # the target's place is written once more, after everything
             if CODES:
                 own = _softmax(target, largest, share, gradient, CODES, mantissa, lowest, limit, NATIVE)
@@ -113,6 +108,26 @@ def _add_exponentials(most, total, x, NATIVE: tl.constexpr):
     larger = tl.maximum(most, tl.max(x, axis=1))
     added = tl.sum(_exp(x - larger[:, None], NATIVE), axis=1)
     return larger, total * _exp(most - larger, NATIVE) + added
+
+
+@jit
+def _write(
+    logits, gradient, at, V: tl.constexpr, largest, share, CODES: tl.constexpr, MASKED: tl.constexpr,
+    mantissa: tl.constexpr, lowest: tl.constexpr, limit: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Writes a part of a row as if no target were in it, and gives what its codes are worth, zeros where there are none."""
+    if MASKED:
+        x = tl.load(logits + at, mask=at < V, other=-float("inf")).to(tl.float32)
+    else:
+        x = tl.load(logits + at).to(tl.float32)
+    out = _softmax(x, largest, share, gradient, CODES, mantissa, lowest, limit, NATIVE)
+    if MASKED:
+        tl.store(gradient + at, out, mask=at < V)
+    else:
+        tl.store(gradient + at, out)
+    if CODES:
+        return _value(out, mantissa, lowest, NATIVE)
+    return tl.zeros_like(x)
 
 
 @jit

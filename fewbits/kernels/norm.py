@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fewbits.formats import Format
-from fewbits.kernels.layouts import BOTH_TILE, Known, _constants, _interpreted, unpadded
+from fewbits.kernels.layouts import BOTH_TILE, Known, _constants, _interpreted, processors, unpadded
 from fewbits.numerics.quantize import carrier
 
 WIDEST = 8192  # a row lies in the registers of a program
@@ -112,8 +112,7 @@ def _norm_backward(
     from fewbits.kernels.norm_triton import norm_backward_kernel, totals_kernel
 
     (N, D), matrices, device = x.shape, 1 if mean is None else 2, x.device
-    units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    programs = min(2 * units, -(-N // _ROWS))
+    programs = min(2 * processors(device), -(-N // _ROWS))
     out, totals = torch.empty_like(x), torch.empty(matrices, D, dtype=weight.dtype, device=device)
     parts = torch.empty(matrices, programs, D, dtype=torch.float32, device=device)
     first: Any = norm_backward_kernel

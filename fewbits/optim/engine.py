@@ -1,4 +1,5 @@
-"""Runs an update rule over many tensors: one flat function, compiled where that pays, cut into pieces where not.
+"""Runs an update rule over many tensors: one flat function, compiled where that pays, cut into pieces where not; on a CPU
+the C++ that has its bits.
 
 The function is the same for every master kind up to how the exact weight is read and stored, so that the new exact
 weight comes from the same lines (and the same compiled arithmetic) for all of them.

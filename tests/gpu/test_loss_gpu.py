@@ -77,10 +77,7 @@ def test_codes_of_the_gradient_are_those_of_the_definition(V):
     # fp32 values that are 2^-19 apart have other codes when a boundary lies between them: one in 2^16, a step of 2^-2
     assert float((mine.float() != codes.float()).float().mean()) < 2.0**-14
     torch.testing.assert_close(mine.float(), codes.float(), rtol=2.0**-2, atol=fmt.smallest_subnormal)
-    # with that of the target, which is taken away, lie some twelve others
-    torch.testing.assert_close(
-        ours_apart, mine.float().sum(1) * scale.view(()), rtol=2.0**-18, atol=float(factor) * 2.0**-21
-    )
+    torch.testing.assert_close(ours_apart, mine.float().sum(1) * scale.view(()), rtol=2.0**-18, atol=0)
 
 
 @pytest.mark.parametrize(("N", "V"), [(4096, 50257), (1024, 6400), (1000, 320)], ids=str)
