@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(a.workers) as pool:
         futures = [pool.submit(train, task, a.recipe, a.options, a.threads, Path(folder)) for task in missing]
-        for future in futures:
+        for future in as_completed(futures):
             runs.append(future.result())
             save()
     for row in save():
