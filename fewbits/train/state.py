@@ -27,7 +27,7 @@ EXACT = "exact"  # the last part of the key under which a learned scale is store
 def exact_weights(model: torch.nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """Every parameter by name: its master in fp32, on the host, or itself where none is kept (it is exact as it stands).
 
-    They leave the device one by one: formed there all at once, those of 1.1B parameters would need 4.1 GiB beside a training."""
+    They leave the device one by one: formed there all at once, those of 1.1B parameters take 4.1 GiB beside a training."""
     return {
         name: parameter.detach()
         if optimizer.master_kind(parameter) == "none"
