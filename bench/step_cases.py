@@ -21,6 +21,7 @@ from turn import turn
 
 ROOT = Path(__file__).resolve().parent.parent
 LR, BETAS, EPS, DECAY = 1e-4, (0.9, 0.95), 1e-8, 0.1
+OURS = "ours "  # what our cases begin with
 BATCHES = 4
 Drive = Callable[[Callable[[Any], None]], None]
 
@@ -54,19 +55,20 @@ WORKS = {
 # What a work is measured against, the most important first: a budget that ends cuts the end.
 CASES = {
     "gpt2-124m": (
-        "ours bf16-mixed", "compact bf16", "ours fp8", "compact bf16 tuned", "Trainer bf16", "transformers bf16 compiled",
-        "Lightning bf16-mixed", "torchao fp8 tensorwise", "Trainer bf16 liger",
+        "ours fp8-delayed, head=fp8", "compact bf16", "ours bf16-mixed", "compact bf16 tuned",
+        "ours fp8-delayed, head=fp8 deterministic", "Trainer bf16", "transformers bf16 compiled", "Lightning bf16-mixed",
+        "torchao fp8 tensorwise", "ours fp8-delayed",
     ),
     "minimind-64m": (
-        "ours bf16-mixed", "compact bf16", "ours fp8", "compact bf16 tuned", "Trainer bf16", "Trainer bf16 liger",
-        "transformers bf16 compiled", "torchao fp8 tensorwise",
+        "ours fp8-delayed, head=fp8", "compact bf16", "ours bf16-mixed", "compact bf16 tuned", "Trainer bf16",
+        "Trainer bf16 liger", "transformers bf16 compiled", "torchao fp8 tensorwise",
     ),
     "llama-1b": (
-        "ours bf16-mixed", "torchao fp8 tensorwise", "compact bf16", "ours fp8", "compact bf16 tuned",
+        "ours fp8-delayed, head=fp8", "torchao fp8 tensorwise", "ours bf16-mixed", "compact bf16", "compact bf16 tuned",
         "torchao fp8 rowwise", "Trainer bf16 liger", "transformers bf16 compiled", "Trainer bf16",
     ),
     "llama-1b-8k": (
-        "ours bf16-mixed", "torchao fp8 tensorwise", "compact bf16", "ours fp8", "compact bf16 tuned",
+        "ours fp8-delayed, head=fp8", "torchao fp8 tensorwise", "ours bf16-mixed", "compact bf16", "compact bf16 tuned",
         "torchao fp8 rowwise", "Trainer bf16 liger", "transformers bf16 compiled",
     ),
 }  # fmt: skip
@@ -119,7 +121,7 @@ def build(work: str, case: str, tiny: bool, compile: str) -> tuple[Drive, dict[s
         os.environ[name] = value
     import torch
 
-    if not case.startswith("ours"):  # our step sets its own switches
+    if not case.startswith(OURS):  # our step sets its own switches
         torch.set_float32_matmul_precision("high")  # what peers leave in fp32 may use TF32
     sys.path.insert(0, str(ROOT))
     from fewbits.train.config import load_recipe
@@ -141,22 +143,32 @@ def build(work: str, case: str, tiny: bool, compile: str) -> tuple[Drive, dict[s
 
 def drive_of(case: str, place: Place) -> Drive:
     """The driver of a case by its name without variables. Raises Skip."""
-    who, _, what = case.partition(" ")
-    if who == "ours":
-        return ours(what, place)
-    makers: dict[str, Callable[[Place], Drive]] = {
-        "compact bf16": compact,
-        "compact bf16 tuned": lambda p: compact(p, tuned=True),
-        "transformers bf16 compiled": transformers,
-        "Trainer bf16": trainer,
-        "Trainer bf16 liger": lambda p: trainer(p, liger=True),
-        "torchao fp8 tensorwise": lambda p: torchao(p, "tensorwise"),
-        "torchao fp8 rowwise": lambda p: torchao(p, "rowwise"),
-        "Lightning bf16-mixed": lightning,
-    }
-    if case not in makers:
-        raise Skip(f"there is no case {case!r}; there are ours PRECISION, {', '.join(makers)}")
-    return makers[case](place)
+    if reason := why_not(case):
+        raise Skip(reason)
+    return ours(case.removeprefix(OURS), place) if case.startswith(OURS) else PEERS[case](place)
+
+
+def why_not(case: str) -> str:
+    """What is wrong with the name of a case (its variables count as right), or ""."""
+    from fewbits.errors import FewbitsError
+
+    name = case.split(" @")[0]
+    if not name.startswith(OURS):
+        return "" if name in PEERS else f"there is no case {name!r}; there are ours PRECISION, {', '.join(PEERS)}"
+    try:
+        of_ours(name.removeprefix(OURS))
+    except FewbitsError as error:
+        return str(error)
+    return ""
+
+
+def of_ours(what: str) -> tuple[Any, set[str]]:
+    """`PRECISION [eager] [deterministic]` -> (the precision, the words behind it). Raises FewbitsError."""
+    from fewbits.precision.precision import Precision
+
+    words = what.split(" ")
+    flags = {word for word in words if word in ("eager", "deterministic")}
+    return Precision.parse(" ".join(word for word in words if word not in flags)), flags
 
 
 def forever(step: Callable[[], Any]) -> Drive:
@@ -171,17 +183,10 @@ def forever(step: Callable[[], Any]) -> Drive:
 
 def ours(what: str, place: Place) -> Drive:
     """What `fewbits train` runs, without its loop."""
-    from fewbits.errors import FewbitsError
-    from fewbits.precision.precision import Precision
     from fewbits.train.build import build_step
     from fewbits.train.execution import determinism
 
-    words = what.split(" ")
-    flags = {word for word in words if word in ("eager", "deterministic")}
-    try:
-        precision = Precision.parse(" ".join(word for word in words if word not in flags))
-    except FewbitsError as error:
-        raise Skip(str(error)) from None
+    precision, flags = of_ours(what)
     optim = replace(
         place.config.optim, lr=LR, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, weight_decay=DECAY, clip=1.0,
         schedule="constant", warmup_steps=0,
@@ -450,3 +455,15 @@ def carry(package: str) -> None:
             except OSError:  # another worker was faster
                 place = place if place.exists() else beside
         sys.path.append(str(place))
+
+
+PEERS: dict[str, Callable[[Place], Drive]] = {
+    "compact bf16": compact,
+    "compact bf16 tuned": lambda p: compact(p, tuned=True),
+    "transformers bf16 compiled": transformers,
+    "Trainer bf16": trainer,
+    "Trainer bf16 liger": lambda p: trainer(p, liger=True),
+    "torchao fp8 tensorwise": lambda p: torchao(p, "tensorwise"),
+    "torchao fp8 rowwise": lambda p: torchao(p, "rowwise"),
+    "Lightning bf16-mixed": lightning,
+}

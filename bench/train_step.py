@@ -2,13 +2,14 @@
 
     python bench/train_step.py --works gpt2-124m,minimind-64m --name train_step_h100 --budget 560
     python bench/train_step.py --works llama-1b,llama-1b-8k --name train_step_h100 --add --budget 560
-    python bench/train_step.py --works gpt2-124m --cases "ours bf16-mixed,ours fp8,compact bf16" --rounds 2
+    python bench/train_step.py --works gpt2-124m --cases "ours fp8-delayed, head=fp8; compact bf16" --rounds 2
     python bench/train_step.py --check          # one step of every case at a tiny size, on any device; writes nothing
 
 Works and cases: bench/step_cases.py. A step is forward, backward, clipping at 1.0 and AdamW, on tokens that are on the
-device. --add keeps what the file holds and runs what is missing, beside the first case and the best peer again, so that
-every ratio comes from one sitting. Compiling is done before timing. Peers come from installed packages, or from wheels
-in runs/wheels (`pip download --no-deps torchao==0.17.0 liger-kernel==0.8.5`) on a machine without a network.
+device; its time is the mean by the wall clock over a block. --add keeps what the file holds and runs what is missing, beside
+the first case and the best peer again, so that every ratio comes from one sitting. Compiling is done before timing. Peers
+come from installed packages, or from wheels in runs/wheels (`pip download --no-deps torchao==0.17.0 liger-kernel==0.8.5`)
+on a machine without a network.
 Writes bench/results/NAME.json (or $OUT/NAME.json) after every round.
 """
 
@@ -26,7 +27,7 @@ from typing import Any
 
 from blocks import ROOT, header
 from fleet import Case, Fleet
-from step_cases import CASES, WORKS, guessed_bytes, sized
+from step_cases import CASES, OURS, WORKS, guessed_bytes, sized, why_not
 
 sys.path.insert(0, str(ROOT))
 GIB = 2**30
@@ -66,7 +67,7 @@ def make_fleet(work: str, names: list[str], a: argparse.Namespace, memory: int |
 
 
 def ours(case: str) -> bool:
-    return case.startswith("ours")
+    return case.startswith(OURS)
 
 
 def latest(sittings: list[dict[str, Any]]) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
@@ -80,8 +81,8 @@ def latest(sittings: list[dict[str, Any]]) -> dict[str, tuple[dict[str, Any], di
 
 
 def middle(row: dict[str, Any]) -> float:
-    """Median over the blocks of the median step of each, ms."""
-    return statistics.median(block["ms"] for block in row["blocks"])
+    """Median over the blocks of the mean step of each by the wall clock, ms: tokens over it are those of a second."""
+    return statistics.median(block["wall_ms"] for block in row["blocks"])
 
 
 def best_peer(cases: dict[str, dict[str, Any]]) -> str | None:
@@ -94,7 +95,7 @@ def ratio(row: dict[str, Any], base: dict[str, Any]) -> tuple[float, float, floa
     """Speed against `base`: the geometric mean over the rounds both ran in, the least and the greatest."""
     from fewbits.lab.rows import geometric_mean
 
-    own, other = ({block["round"]: block["ms"] for block in r["blocks"]} for r in (row, base))
+    own, other = ({block["round"]: block["wall_ms"] for block in r["blocks"]} for r in (row, base))
     values = [other[i] / own[i] for i in sorted(own.keys() & other.keys())]
     return (geometric_mean(values), min(values), max(values)) if values else None
 
@@ -107,9 +108,10 @@ def summaries(work: dict[str, Any]) -> dict[str, dict[str, Any]]:
             shown = {key: row[key] for key in ("skipped", "error") if key in row}
             rows[name] = shown or {"skipped": "no block fitted into the time that was left"}
             continue
-        ms, blocks = middle(row), [block["ms"] for block in row["blocks"]]
+        ms, blocks = middle(row), [block["wall_ms"] for block in row["blocks"]]
         rows[name] = {
             "ms": round(ms, 3),
+            "median_step_ms": round(statistics.median(block["ms"] for block in row["blocks"]), 3),
             "tokens_per_s": round(work["tokens"] / ms * 1e3),
             "spread": round((max(blocks) - min(blocks)) / ms, 4),
             "rounds": len(blocks),
@@ -267,6 +269,10 @@ def main() -> None:
     a.budget = a.budget or (140.0 if a.check else 560.0)
     if unknown := set(a.works.split(",")) - set(WORKS):
         parser.error(f"there is no work {sorted(unknown)[0]!r}; there are {', '.join(WORKS)}")
+    for work in a.works.split(","):
+        names = names_of(work, a.cases)
+        if wrong := next(filter(None, map(why_not, names)), "" if names else f"--cases {a.cases!r} names no case"):
+            parser.error(wrong)
     check(a) if a.check else measure(a)
 
 

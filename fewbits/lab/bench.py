@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ PRECISIONS = (
     "bf16-mixed",
     "fp16-mixed",
     "fp8",
+    "fp8-delayed",
+    "fp8-delayed, head=fp8",
     "fp8-row",
     "fp8-block",
     "fp8-auto",
@@ -203,7 +206,9 @@ class _Session:
             ceilings = measure_ceilings(self.device, self.hardware)
             rates = ", ".join(f"{name} {rate / 1e12:.4g}" for name, rate in ceilings.matmul.items())
             self.watch.line(f"ceilings    copy {ceilings.copy / 1e9:,.4g} GB/s; matmul in TFLOP/s: {rates}")
-            document = self._document(ceilings, left_out, notes)
+            least = next((precision for precision in precisions if precision.recipe), None)  # its multiples hold for all
+            slow = slow_shapes(self.config.model, self.config.train.batch_size, self.device, least)
+            document = self._document(ceilings, left_out, [*notes, *slow])
             path = self.folder / "bench.json"
             began = time.monotonic()
             for number, precision in enumerate(precisions):
@@ -244,7 +249,7 @@ class _Session:
             "flops_per_token": self.flops,
             "flops_formula": FORMULA,
             "compile": {"value": self.compile.value, "reason": self.compile.reason},
-            "notes": [*notes, *slow_shapes(model, train.batch_size, self.device)],
+            "notes": notes,
             "ceilings": asdict(ceilings),
             "rows": [],
             "left_out": left_out,
@@ -295,7 +300,7 @@ class _Session:
         with CompileClock() if compile else _NoClock() as clock:
             warm_up(trial, meter)
         pieces, steps, _ = time_steps(trial, self.seconds, least_steps=4)
-        ms = 1e3 * sorted(pieces)[len(pieces) // 2]
+        ms = 1e3 * mean(pieces)  # not the median: tokens over it are those of a second
         graph, peak = trial.step.graph_outcome, meter.peak()
         if trial.step.graph is not None:
             trial.step.graph.forget()  # profiled steps are eager, and its memory would stand beside theirs

@@ -182,7 +182,7 @@ def _cards(record: RunRecord) -> list[dict[str, str]]:
     bits = s.get("bits_per_byte", last_eval.get("bits_per_byte"))
     perplexity = s.get("perplexity", last_eval.get("perplexity"))
     speed = s.get("tok_per_s", last.get("tok_per_s"))
-    mfu = last.get("mfu")
+    mfu = s.get("mfu", last.get("mfu"))
     cards = [
         ("held-out bits per byte", value_text(bits), "lower is better"),
         ("held-out loss", value_text(val_loss), f"perplexity {value_text(perplexity, 2)}"),

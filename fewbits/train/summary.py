@@ -67,7 +67,8 @@ def _yardstick(compression: Mapping[str, Any]) -> str:
 
 def summarize(run: Run, status: str, reason: str) -> dict[str, Any]:
     """What summary.json holds, but for its schema. `tok_per_s` is `tokens` over `wall_s`, everything included;
-    `step_tok_per_s` is that of the timed steps, without evaluation, saving, profiling and compiling (`compile_s`)."""
+    `step_tok_per_s` is that of the timed steps, without evaluation, saving, profiling and compiling (`compile_s`), and `mfu`
+    goes by it; `ms_per_step` is the median of the logged times, which a slow first step does not move."""
     training, config = run.training, run.config
     tokens, wall = run.done * training.tokens_per_step, run.wall()
     step_s = run.steps_before + run.step_s
@@ -75,7 +76,7 @@ def summarize(run: Run, status: str, reason: str) -> dict[str, Any]:
     rate = tokens / wall if wall > 0 and tokens else None
     ms = median(run.logged_ms) if run.logged_ms else None
     graph = training.step.graph_outcome
-    steady = 1000 * training.tokens_per_step / ms if ms else None
+    step_rate = timed_tokens / step_s if step_s > 0 else None
     return {
         "status": status,
         "reason": reason,
@@ -93,9 +94,9 @@ def summarize(run: Run, status: str, reason: str) -> dict[str, Any]:
         "bits_per_byte": run.evaluation.get("bits_per_byte"),
         "compression": run.compression,
         "tok_per_s": rate,
-        "step_tok_per_s": timed_tokens / step_s if step_s > 0 else None,
+        "step_tok_per_s": step_rate,
         "ms_per_step": ms,
-        "mfu": mfu(run.flops, steady, run.peak),
+        "mfu": mfu(run.flops, step_rate, run.peak),
         "mfu_formula": FORMULA,
         "peak_flops": run.peak,
         "wall_s": wall,

@@ -52,6 +52,14 @@ def test_a_bench_says_how_fast_and_where_the_time_goes(small: Config, tmp_path: 
     assert Config.from_toml(stored["config"]).model == small.model
 
 
+def test_tokens_a_second_are_those_of_all_timed_steps_slow_ones_too(
+    small: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lab, "time_steps", lambda *_, **__: ([0.1, 0.1, 0.4], 3, 3))
+    (row,) = bench(small, out_dir=tmp_path / "b", seconds=0.05, quiet=True).rows
+    assert row["tok_per_s"] == pytest.approx(3 * 4 * 32 / 0.6) and row["ms_range"] == pytest.approx([100, 400])
+
+
 def test_the_front_door_has_it() -> None:
     assert fewbits.bench is bench
 
@@ -86,7 +94,7 @@ def test_mistakes_are_refused_before_anything_is_measured(small: Config, tmp_pat
 
 def test_what_runs_natively_is_asked_of_the_hardware() -> None:
     names, left_out = native_precisions(H100)
-    assert {"fp32", "tf32", "bf16-mixed", "fp16-mixed", "fp8", "fp8-row", "fp8-block"} <= set(names)
+    assert {"fp32", "tf32", "bf16-mixed", "fp16-mixed", "fp8", "fp8-delayed, head=fp8", "fp8-row"} <= set(names)
     assert set(left_out) == {"mxfp8", "nvfp4"} and all(left_out.values())
     old, refused = native_precisions(Hardware("cuda", "Tesla V100", (7, 0)))
     assert "bf16-mixed" in refused and "fp16-mixed" in old

@@ -61,6 +61,16 @@ def test_tokens_over_wall_time_are_the_mean_that_is_reported(tiny: Callable[...,
     assert summary["wall_s"] <= passed and summary["step_tok_per_s"] >= tokens / passed
 
 
+def test_mfu_goes_by_the_tokens_a_second_that_are_reported(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fewbits.train.trainer.device_peak", lambda *_: 1e12)
+    config = tiny(max_steps=6)
+    summary = train(config, quiet=True)
+    flops = summary["mfu"] * 1e12 / summary["step_tok_per_s"]
+    assert flops == pytest.approx(config.resolve_vocabulary(summary["data"]["vocab_size"]).model.flops_per_token())
+
+
 def test_steps_that_were_measured_apart_do_not_raise_the_reported_speed(tiny: Callable[..., Config]) -> None:
     """Half of these steps are profiled, so their tokens must not count among those of the timed half."""
     summary = train(tiny(max_steps=10, log_every=1, n_embd=64, context=64), quiet=True, profile=5)
