@@ -12,11 +12,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
-from blocks import alternate, save
+from blocks import ROOT, alternate, save
 from peers import table
+
+sys.path.insert(0, str(ROOT))
+
+from fewbits.lab.variants import split_values
 
 SIZES = {
     "nano": "V=4096 T=256 B=8 L=4 H=4 D=256",
@@ -59,16 +64,20 @@ def main() -> None:
     parser.add_argument("--name", default="cpu_peers")
     parser.add_argument("--note", default="")
     a = parser.parse_args()
-    left_out = {name: reason for name in a.cases.split(",") if (reason := missing(name))}
+    names, sizes = split_values(a.cases), split_values(a.sizes)
+    for what, given, known in (("case", names, CASES), ("size", sizes, SIZES)):
+        if not given or (unknown := [name for name in given if name not in known]):
+            parser.error(
+                f"there is no {what} {unknown[0]!r}; there are {', '.join(known)}" if given else f"--{what}s names none"
+            )
+    left_out = {name: reason for name in names if (reason := missing(name))}
     for name, reason in left_out.items():
         print(f"{name} is left out: {reason}")
     results: dict[str, dict[str, Any]] = {}
-    for size in a.sizes.split(","):
+    for size in sizes:
         shape = [*SIZES[size].split(), "warmup=3", f"steps={a.steps}"]
         cases = {
-            name: [*CASES[name].split()[:2], *shape, *CASES[name].split()[2:]]
-            for name in a.cases.split(",")
-            if name not in left_out
+            name: [*CASES[name].split()[:2], *shape, *CASES[name].split()[2:]] for name in names if name not in left_out
         }
         results[size] = alternate(str(Path(__file__).parent / "peers.py"), cases, a.rounds)
         print(f"\n{size}: {SIZES[size]}")

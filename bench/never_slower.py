@@ -18,6 +18,7 @@ import argparse
 import gc
 import math
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from fewbits.numerics.keys import step_key
 from fewbits.precision.switches import torch_switches
 
 WIDTHS = (256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+MODES = ("eager", "compiled", "eager+graph", "compiled+graph")
 LIMIT = 1.02
 LOOKS = 5
 CONFIDENCE = 1 - 0.05 / LOOKS  # of one look: whenever it stops, all five together hold with 95 % (Bonferroni)
@@ -162,11 +164,19 @@ def parse() -> argparse.Namespace:
         options.widths, options.modes, options.tokens, options.rounds = "64,128", "eager", 128, 8
     options.widths = [int(width) for width in options.widths.split(",")]
     options.modes = options.modes.split(",")
+    if unknown := set(options.modes) - set(MODES):
+        parser.error(f"there is no mode {sorted(unknown)[0]!r}; there are {', '.join(MODES)}")
+    try:
+        recipe = fewbits.Precision.parse(options.recipe).recipe
+    except fewbits.FewbitsError as error:
+        parser.error(str(error))
+    if not recipe:
+        parser.error(f"{options.recipe} has no recipe, so there is nothing to choose; try fp8")
     return options
 
 
-def main() -> None:
-    """Times every width and mode, prints a line each, saves after each."""
+def main() -> int:
+    """Times every width and mode, prints a line each, saves after each; 1 where a row is slower or failed."""
     options = parse()
     device, began, rows = torch.device(options.device), time.perf_counter(), []
     if device.type == "cpu":
@@ -195,7 +205,8 @@ def main() -> None:
                     save(name, {"seconds": round(time.perf_counter() - began, 1), "limit": LIMIT, **results})
     counts = {v: sum(row.get("verdict") == v for row in rows) for v in ("ok", "slower", "open")}
     print(f"{len(rows)} rows: {counts}; on {header()['device']}, {time.perf_counter() - began:.0f} s")
+    return int(any("error" in row or row.get("verdict") == "slower" for row in rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

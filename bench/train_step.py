@@ -171,9 +171,9 @@ def missing(work: dict[str, Any] | None, wanted: list[str]) -> list[str]:
 
 def names_of(work: str, cases: str) -> list[str]:
     """The cases asked for; `;` between them where a precision contains commas."""
-    if not cases:
-        return list(CASES[work])
-    return [name.strip() for name in cases.split(";" if ";" in cases else ",") if name.strip()]
+    from fewbits.lab.variants import split_values
+
+    return split_values(cases) if cases else list(CASES[work])
 
 
 class Results:

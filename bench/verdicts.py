@@ -103,7 +103,7 @@ def main() -> None:
     a, a.options = parser.parse_known_args()
     path = Path(a.out) / f"{a.name}.json"
     before = json.loads(path.read_text()) if path.exists() else {}
-    if before and [before["recipe"], before["options"]] != [a.recipe, a.options]:
+    if before and (before["recipe"], pairs(before["options"])) != (a.recipe, pairs(a.options)):
         parser.error(f"{path} holds trainings of {before['recipe']} {' '.join(before['options'])}: give another --name")
     runs = [run for run in before.get("runs", []) if run["status"] != "crashed"]
     precisions = split_values(a.precisions)
@@ -131,6 +131,12 @@ def main() -> None:
         print(f"{row['variant']:14s} {verdict.get('kind', 'reference'):10s} {shown}")
     show_curves(precisions, runs)
     print("wrote", path)
+
+
+def pairs(options: list[str]) -> list[tuple[str, ...]]:
+    """Options with their values, in whatever order they came."""
+    joined = " ".join(options).replace("=", " ").split("--")
+    return sorted(tuple(part.split()) for part in joined if part.strip())
 
 
 def text(results: dict[str, Any]) -> str:
