@@ -2,7 +2,8 @@
 
 `with span("backward"): ...` costs one call and one `with` of a shared empty context, under a microsecond, while ranges are
 off. They are on within `recording()`, and for the life of the process when FEWBITS_NVTX=1 is set
-(`FEWBITS_NVTX=1 nsys profile -t cuda,nvtx fewbits train`). Inside compiled code they are nothing: the tracer sees no range.
+(`FEWBITS_NVTX=1 nsys profile -t cuda,nvtx fewbits train --graph false`). Inside compiled code they are nothing: the tracer sees
+no range.
 """
 
 from __future__ import annotations

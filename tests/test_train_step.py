@@ -169,7 +169,9 @@ def test_every_default_case_has_a_builder():
         drive_of("nobody", argparse.Namespace())
 
 
-@pytest.mark.parametrize(("cases", "said"), [(",", "names no case"), ("compact", "no case 'compact'"), ("ours bf61", "bf61")])
+@pytest.mark.parametrize(
+    ("cases", "said"), [(",", "names no case"), ("compact", "no case 'compact'"), ("ours bf61", "bf61")]
+)
 def test_names_of_cases_are_checked_before_anything_starts(cases, said, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_step.py", "--works", "gpt2-124m", "--cases", cases])
     with pytest.raises(SystemExit) as ended:

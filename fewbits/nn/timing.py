@@ -2,7 +2,7 @@
 
 A call does what one training step asks of the layer: the weight's codes made once, forward and backward for each
 micro-batch, eager or compiled as the run will be. Wall time over a queue of calls counts, so that a layer which waits for
-the host is as slow here as it is in a step. What surrounds it in a model can only hide a part of that.
+the host is as slow here as it is in a step. That a norm or an activation before it may write its codes anyway does not count.
 """
 
 from __future__ import annotations

@@ -139,6 +139,10 @@ class Run:
         self._introduce()
         with Interrupts() as interrupts:
             summary = self._run(interrupts)
+            if self.profiler is not None and not self.profiler.complete:
+                self.display.fact(
+                    "profile", f"not written: the run ended after {self.profiler.taken} of the steps it wants"
+                )
             show_summary(self.display, summary, self._paths())
             advise(self.display, summary, str(self.folder))
         return summary

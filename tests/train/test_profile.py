@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from rich.console import Console
 
 from fewbits.errors import FewbitsError
 from fewbits.ranges import PREFIX
+from fewbits.step import StepResult
 from fewbits.train.config import Config
 from fewbits.train.record import read_lines
-from fewbits.train.trainer import train
+from fewbits.train.trainer import Run, train
 
 Make = Callable[..., Config]
 
@@ -47,6 +49,21 @@ def test_profiling_changes_no_loss_and_its_time_is_in_no_speed(tiny: Make, tmp_p
     assert [line.get("loss") for line in plain] == [line.get("loss") for line in profiled]
     untimed = [line["step"] for line in profiled if "ms" in line and line["ms"] is None]
     assert untimed == [4, 5]  # after three steps of warm-up
+
+
+def test_a_run_that_is_stopped_before_its_profile_says_so(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take, shown = Run._take_step, io.StringIO()
+
+    def interrupted(run: Run, measure: bool) -> StepResult:
+        signal.raise_signal(signal.SIGINT)
+        return take(run, measure)
+
+    monkeypatch.setattr(Run, "_take_step", interrupted)
+    train(tiny(max_steps=9, warmup_steps=1), console=Console(file=shown, width=200), profile=2)
+    assert "not written: the run ended after 0 of the steps" in shown.getvalue()
+    assert not (tmp_path / "run" / "profile.json").exists()
 
 
 def test_a_run_that_is_too_short_profiles_what_it_has(tiny: Make, tmp_path: Path) -> None:
