@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fewbits.choice import Choice
 from fewbits.formats import Format
-from fewbits.kernels import cpp, fused_cpu, layouts
+from fewbits.kernels import cpp, fused_cpu, int8_matmul_cpu, layouts
 from fewbits.kernels import quantize as cuda_twin
 from fewbits.kernels import quantize_cpu as cpu_twin
 from fewbits.kernels import update as update_twin
@@ -315,6 +315,27 @@ def updates_in_one_pass(rule: Callable[..., None], working: Tensor, gradient: Te
     ):
         return False
     return not update_cpu_twin.why_not(rule, working.dtype, gradient.dtype)
+
+
+def int8_product_execution() -> Choice:
+    """What multiplies int8 codes in eager code on a CPU: the C++ "kernel", which rescales sums before it writes them, or
+    torch's "operator" with a pass behind it. They give the same bits."""
+    key = ("int8 products", "cpu")
+    if key not in _choices:
+        found, hardware = int8_matmul_cpu.library(), describe(torch.device("cpu"))
+        why_not = found.reason if found.value is None else ""
+        if not why_not and "avx512_vnni" not in hardware.cpu_features:
+            why_not = f"ONEDNN_MAX_CPU_ISA={hardware.onednn_max_isa} leaves no avx512_vnni"
+        elif not why_not and "amx_int8" in hardware.cpu_features:
+            why_not = "torch's operator uses AMX, which makes eight times as many products a cycle"
+        one_pass = "rescaled in registers, where torch's operator writes 32-bit sums"
+        _choices[key] = Choice("operator", why_not) if why_not else Choice("kernel", one_pass)
+    return _choices[key]
+
+
+def rescales_in_registers() -> bool:
+    """Whether kernels/int8_matmul_cpu.py multiplies int8 codes in eager code on a CPU."""
+    return int8_product_execution().value == "kernel" and int8_matmul_cpu.library().value is not None
 
 
 def probed(name: str, device: torch.device, probe: Callable[[], str]) -> Choice:
