@@ -157,6 +157,33 @@ def fused(x: Tensor) -> ModuleType | None:
     return fused_cpu if fused_cpu.library().value is not None else None
 
 
+LONGEST = (
+    1024  # of 2,048 tokens a head no longer fits the second cache level: as fast as torch's kernel, and slower beyond
+)
+
+
+def attention_execution(device: torch.device, dtype: torch.dtype) -> Choice:
+    """What makes attention over contexts up to `LONGEST` in eager code: the C++ "kernel" on a CPU, or torch's "operators".
+    They agree up to the order of sums and the rounding of probabilities to 16 bits, which the kernel does without."""
+    key = (f"attention in {Format.parse(dtype)}", device.type)
+    if key not in _choices:
+        found = fused_execution(device)
+        why_not = "" if found.value == "kernel" else found.reason
+        if not why_not and dtype == torch.bfloat16 and "amx_bf16" in describe(device).cpu_features:
+            why_not = "AMX multiplies bf16 many times as fast as the kernel fp32; not timed beside it"
+        one_head = "a head at a time, from memory that stays in a cache, in fp32"
+        _choices[key] = Choice("operators", why_not) if why_not else Choice("kernel", one_head)
+    return _choices[key]
+
+
+def attention_by_kernel(q: Tensor, k: Tensor) -> ModuleType | None:
+    """The module whose `attention` takes q and k [B, H, T, d] now, else None."""
+    twin, T = fused(q), q.shape[2]
+    if twin is None or k.shape[2] != T or T > LONGEST or k.dtype != q.dtype:
+        return None
+    return twin if attention_execution(q.device, q.dtype).value == "kernel" else None
+
+
 def _by_definition(x: Tensor) -> bool:
     return _traced(x) or quantize_execution(x.device).value == "definition"
 
