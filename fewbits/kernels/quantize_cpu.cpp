@@ -1,6 +1,9 @@
 // Codes and scales of a matrix on a CPU, bit for bit those of numerics/quantize.py. See quantize_cpu.py.
 #include <algorithm>
 #include <vector>
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#endif
 
 #include "elements.hpp"
 #include "parallel.hpp"
@@ -147,10 +150,60 @@ inline uint8_t float_code(float x, uint32_t random, const Target& t, float ulps,
     return uint8_t(code | ((bits >> 24) & 0x80));
 }
 
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+inline __m512 load16(const float* x, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, x); }
+inline __m512 load16(const fp16* x, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x)); }
+inline __m512 load16(const bf16* x, __mmask16 mask) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)), 16));
+}
+
+inline __m512i random_word(__m512i index, __m512i a, __m512i b) {
+    auto mixed = [](__m512i h, int shift) { return _mm512_xor_si512(h, _mm512_srli_epi32(h, shift)); };
+    __m512i h = mixed(_mm512_xor_si512(index, a), 17);
+    h = _mm512_add_epi32(_mm512_mullo_epi32(h, _mm512_set1_epi32(int(0xED5AD4BBu))), b);
+    h = _mm512_mullo_epi32(mixed(h, 11), _mm512_set1_epi32(int(0xAC4C1B51u)));
+    h = _mm512_mullo_epi32(mixed(h, 15), _mm512_set1_epi32(int(0x31848BABu)));
+    return mixed(h, 14);
+}
+
+// `integer_code` of n elements, 16 at a time and no copy in between: rows of int8 take 0.72 of the time of the loops below, with
+// random bits, which are two thirds of the work then, 0.94.
+template <class T, bool STOCHASTIC, bool EACH>
+void integer_run(const T* x, long n, float one, const float* each, uint32_t index, uint32_t step, const Target& t,
+                 uint8_t* out) {
+    const __m512 most = _mm512_set1_ps(t.max), least = _mm512_set1_ps(-t.max), unit = _mm512_set1_ps(one);
+    const __m512i a = _mm512_set1_epi32(int(t.a)), b = _mm512_set1_epi32(int(t.b)), stride = _mm512_set1_epi32(int(16 * step));
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i place = _mm512_add_epi32(_mm512_set1_epi32(int(index)), _mm512_mullo_epi32(lanes, _mm512_set1_epi32(int(step))));
+    for (long j = 0; j < n; j += 16, place = _mm512_add_epi32(place, stride)) {
+        const __mmask16 mask = n - j >= 16 ? 0xFFFF : (1u << (n - j)) - 1;
+        __m512 v = _mm512_mul_ps(load16(x + j, mask), EACH ? _mm512_maskz_loadu_ps(mask, each + j) : unit);
+        v = _mm512_maskz_max_ps(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v, least);  // 0 for NaN
+        v = _mm512_min_ps(v, most);
+        __m512i whole;
+        if (STOCHASTIC) {
+            const __m512 size = _mm512_abs_ps(v);
+            whole = _mm512_cvttps_epi32(size);
+            const __m512 rest = _mm512_mul_ps(_mm512_sub_ps(size, _mm512_cvtepi32_ps(whole)), _mm512_set1_ps(0x1p32f));
+            const __m512i fraction = _mm512_cvttps_epu32(rest);
+            const __mmask16 up = _mm512_cmplt_epu32_mask(_mm512_add_epi32(fraction, random_word(place, a, b)), fraction);
+            whole = _mm512_mask_add_epi32(whole, up, whole, _mm512_set1_epi32(1));
+            whole = _mm512_mask_sub_epi32(whole, _mm512_movepi32_mask(_mm512_castps_si512(v)), _mm512_setzero_si512(), whole);
+        } else {
+            whole = _mm512_cvtps_epi32(v);
+        }
+        _mm_mask_storeu_epi8(out + j, mask, _mm512_cvtepi32_epi8(whole));
+    }
+}
+#endif
+
 // Codes of n elements under one inv_scale, or one each.
 template <class T, bool STOCHASTIC, bool EACH>
 void encode_run(const T* x, long n, float one, const float* each, uint32_t index, uint32_t step, const Target& t,
                 uint8_t* out) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    if (t.integer) return integer_run<T, STOCHASTIC, EACH>(x, n, one, each, index, step, t, out);
+#endif
     const float ulp = std::ldexp(1.0f, t.min_exponent - t.mantissa), ulps = 1.0f / ulp;
     const float normal = std::ldexp(1.0f, t.min_exponent), carrier_normal = std::ldexp(1.0f, 1 - t.carrier_bias);
     const float carried = std::ldexp(1.0f, t.carrier_bias - 1 + t.carrier_mantissa);
