@@ -204,12 +204,12 @@ void multiply(int threads, const Codes& left, const Codes& right, const float* r
     const Packed packed_a{a.get(), apart, _mm512_setzero_si512(), sums};
     const Packed packed_b{b.get(), apart, _mm512_set1_epi8(-128), nullptr};
     const long pieces = (above + 3) / 4;
-    parallel(threads, pieces + (across + 3) / 4, [&](long piece) {
+    auto arrange = [&](long piece) {
         if (piece < pieces) pack(left, piece * 4, packed_a);
         else pack(right, (piece - pieces) * 4, packed_b);
-    });
+    };
     const long panels = (across + GROUPS - 1) / GROUPS, each = (left.rows + PIECE - 1) / PIECE;
-    parallel(threads, panels * each, [&](long piece) {
+    auto multiplied = [&](long piece) {
         const long panel = piece / each * GROUPS, groups = std::min(long(GROUPS), across - panel), column = panel * GROUP;
         const int8_t* from = b.get() + panel * apart;
         const float* added = bias ? bias + column : nullptr;
@@ -224,7 +224,8 @@ void multiply(int threads, const Codes& left, const Codes& right, const float* r
             else if (groups == 2) run(tile<2, T>);
             else run(tile<1, T>);
         }
-    });
+    };
+    parallel(threads, pieces + (across + 3) / 4, arrange, [] {}, panels * each, multiplied);
 }
 }  // namespace
 

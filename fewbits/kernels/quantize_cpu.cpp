@@ -72,11 +72,20 @@ inline void raise(uint32_t* place, uint32_t value) {
 
 // Largest magnitudes of all blocks into amax, which holds zeros. A maximum does not depend on the order.
 template <class T>
-void block_amax(int threads, const Matrix& m, uint32_t* amax) {
-    const T* x = static_cast<const T*>(m.x);
-    long slab = std::max(1L, std::min(m.block_rows, PIECE / std::max(1L, m.columns)));
-    long slabs_per_block = (m.block_rows + slab - 1) / slab, grid_rows = (m.rows + m.block_rows - 1) / m.block_rows;
-    parallel(threads, grid_rows * slabs_per_block, [&](long piece) {
+class Maxima {
+    const Matrix& m;
+    uint32_t* amax;
+    long slab, slabs_per_block;
+
+  public:
+    Maxima(const Matrix& m, uint32_t* amax)
+        : m(m), amax(amax), slab(std::max(1L, std::min(m.block_rows, PIECE / std::max(1L, m.columns)))),
+          slabs_per_block((m.block_rows + slab - 1) / slab) {}
+
+    long pieces() const { return (m.rows + m.block_rows - 1) / m.block_rows * slabs_per_block; }
+
+    void operator()(long piece) const {
+        const T* x = static_cast<const T*>(m.x);
         long above = piece / slabs_per_block, first = above * m.block_rows + piece % slabs_per_block * slab;
         long last = std::min({first + slab, (above + 1) * m.block_rows, m.rows});
         uint32_t* found = amax + above * m.scale_row;
@@ -97,8 +106,8 @@ void block_amax(int threads, const Matrix& m, uint32_t* amax) {
                 most = std::max(most, amax_of(x + i * m.stride + j, std::min(m.block_columns, m.columns - j)));
             raise(found + block * m.scale_column, most);
         }
-    });
-}
+    }
+};
 
 // ---- codes -----------------------------------------------------------------------------------------------------------
 
@@ -250,9 +259,20 @@ void inverses(const Matrix& m, const float* scale, long i, std::vector<float>& i
 }
 
 template <class T, bool STOCHASTIC>
-void encode(int threads, const Matrix& m, const Target& t, const float* scale, uint8_t* out) {
-    long some = std::max(1L, PIECE / std::max(1L, m.columns));
-    parallel(threads, (m.rows + some - 1) / some, [&](long piece) {
+class Codes {
+    const Matrix& m;
+    const Target& t;
+    const float* scale;
+    uint8_t* out;
+    long some;
+
+  public:
+    Codes(const Matrix& m, const Target& t, const float* scale, uint8_t* out)
+        : m(m), t(t), scale(scale), out(out), some(std::max(1L, PIECE / std::max(1L, m.columns))) {}
+
+    long pieces() const { return (m.rows + some - 1) / some; }
+
+    void operator()(long piece) const {
         std::vector<float> inv;
         long known = -1;
         for (long i = piece * some; i < std::min(m.rows, (piece + 1) * some); i++) {
@@ -260,8 +280,8 @@ void encode(int threads, const Matrix& m, const Target& t, const float* scale, u
             known = i / m.block_rows;
             encode_row<T, STOCHASTIC>(m, t, i, inv.data(), m.block_columns == 1 ? inv.data() : nullptr, out);
         }
-    });
-}
+    }
+};
 
 // Blocks within one row: maxima, scales and codes while the row is at hand.
 template <class T, bool STOCHASTIC>
@@ -288,9 +308,12 @@ void quantize(int threads, const Matrix& m, const Target& t, float* scale, uint8
     uint32_t* amax = reinterpret_cast<uint32_t*>(scale);  // the scales, all in one piece, take the place of the maxima
     long above = (m.rows + m.block_rows - 1) / m.block_rows, across = (m.columns + m.block_columns - 1) / m.block_columns;
     std::fill(amax, amax + above * across, 0);
-    block_amax<T>(threads, m, amax);
-    for (long i = 0; i < above * across; i++) scale[i] = scale_of(amax[i], t);
-    encode<T, STOCHASTIC>(threads, m, t, scale, out);
+    const Maxima<T> maxima(m, amax);
+    const Codes<T, STOCHASTIC> codes(m, t, scale, out);
+    auto scales = [&] {
+        for (long i = 0; i < above * across; i++) scale[i] = scale_of(amax[i], t);
+    };
+    parallel(threads, maxima.pieces(), maxima, scales, codes.pieces(), codes);
 }
 
 // ---- values ----------------------------------------------------------------------------------------------------------
@@ -317,7 +340,10 @@ void decode_run(const uint8_t* codes, long n, float one, const float* each, int 
 }  // namespace
 
 EXPORT void block_amax(int threads, const Matrix* m, uint32_t* amax) {
-    with_type(m->format, [&](auto* kind) { block_amax<std::remove_pointer_t<decltype(kind)>>(threads, *m, amax); });
+    with_type(m->format, [&](auto* kind) {
+        const Maxima<std::remove_pointer_t<decltype(kind)>> maxima(*m, amax);
+        parallel(threads, maxima.pieces(), maxima);
+    });
 }
 
 // Scales from the maxima, then codes; scale: [grid rows, grid columns] in one piece.
@@ -331,7 +357,9 @@ EXPORT void quantize(int threads, const Matrix* m, const Target* t, float* scale
 EXPORT void encode(int threads, const Matrix* m, const Target* t, const float* scale, uint8_t* out) {
     with_type(m->format, [&](auto* kind) {
         using T = std::remove_pointer_t<decltype(kind)>;
-        (t->stochastic ? encode<T, true> : encode<T, false>)(threads, *m, *t, scale, out);
+        auto run = [&](const auto& codes) { parallel(threads, codes.pieces(), codes); };
+        if (t->stochastic) run(Codes<T, true>(*m, *t, scale, out));
+        else run(Codes<T, false>(*m, *t, scale, out));
     });
 }
 
