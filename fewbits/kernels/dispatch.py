@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fewbits.choice import Choice
 from fewbits.formats import Format
-from fewbits.kernels import cpp, fused_cpu, layouts
+from fewbits.kernels import cpp, fused_cpu, int8_matmul_cpu, layouts
 from fewbits.kernels import quantize as cuda_twin
 from fewbits.kernels import quantize_cpu as cpu_twin
 from fewbits.kernels import update as update_twin
@@ -155,6 +155,33 @@ def fused(x: Tensor) -> ModuleType | None:
     if not fits or torch.compiler.is_compiling() or fused_execution(x.device).value == "definition":
         return None
     return fused_cpu if fused_cpu.library().value is not None else None
+
+
+LONGEST = (
+    1024  # of 2,048 tokens a head no longer fits the second cache level: as fast as torch's kernel, and slower beyond
+)
+
+
+def attention_execution(device: torch.device, dtype: torch.dtype) -> Choice:
+    """What makes attention over contexts up to `LONGEST` in eager code: the C++ "kernel" on a CPU, or torch's "operators".
+    They agree up to the order of sums and the rounding of probabilities to 16 bits, which the kernel does without."""
+    key = (f"attention in {Format.parse(dtype)}", device.type)
+    if key not in _choices:
+        found = fused_execution(device)
+        why_not = "" if found.value == "kernel" else found.reason
+        if not why_not and dtype == torch.bfloat16 and "amx_bf16" in describe(device).cpu_features:
+            why_not = "AMX multiplies bf16 many times as fast as the kernel fp32; not timed beside it"
+        one_head = "a head at a time, from memory that stays in a cache, in fp32"
+        _choices[key] = Choice("operators", why_not) if why_not else Choice("kernel", one_head)
+    return _choices[key]
+
+
+def attention_by_kernel(q: Tensor, k: Tensor) -> ModuleType | None:
+    """The module whose `attention` takes q and k [B, H, T, d] now, else None."""
+    twin, T = fused(q), q.shape[2]
+    if twin is None or k.shape[2] != T or T > LONGEST or k.dtype != q.dtype:
+        return None
+    return twin if attention_execution(q.device, q.dtype).value == "kernel" else None
 
 
 def _by_definition(x: Tensor) -> bool:
@@ -315,6 +342,27 @@ def updates_in_one_pass(rule: Callable[..., None], working: Tensor, gradient: Te
     ):
         return False
     return not update_cpu_twin.why_not(rule, working.dtype, gradient.dtype)
+
+
+def int8_product_execution() -> Choice:
+    """What multiplies int8 codes in eager code on a CPU: the C++ "kernel", which rescales sums before it writes them, or
+    torch's "operator" with a pass behind it. They give the same bits."""
+    key = ("int8 products", "cpu")
+    if key not in _choices:
+        found, hardware = int8_matmul_cpu.library(), describe(torch.device("cpu"))
+        why_not = found.reason if found.value is None else ""
+        if not why_not and "avx512_vnni" not in hardware.cpu_features:
+            why_not = f"ONEDNN_MAX_CPU_ISA={hardware.onednn_max_isa} leaves no avx512_vnni"
+        elif not why_not and "amx_int8" in hardware.cpu_features:
+            why_not = "torch's operator uses AMX, which makes eight times as many products a cycle"
+        one_pass = "rescaled in registers, where torch's operator writes 32-bit sums"
+        _choices[key] = Choice("operator", why_not) if why_not else Choice("kernel", one_pass)
+    return _choices[key]
+
+
+def rescales_in_registers() -> bool:
+    """Whether kernels/int8_matmul_cpu.py multiplies int8 codes in eager code on a CPU."""
+    return int8_product_execution().value == "kernel" and int8_matmul_cpu.library().value is not None
 
 
 def probed(name: str, device: torch.device, probe: Callable[[], str]) -> Choice:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fewbits.choice import Choice
 from fewbits.formats import Format
-from fewbits.kernels import quantize_cpu
-from fewbits.kernels.dispatch import by_cpu_kernel, dequantize, emulated, probed
+from fewbits.kernels import int8_matmul_cpu, quantize_cpu
+from fewbits.kernels.cpp import FORMATS
+from fewbits.kernels.dispatch import by_cpu_kernel, dequantize, emulated, probed, rescales_in_registers
 from fewbits.numerics.matmul import modelled_matmul
 from fewbits.numerics.quantize import Quantized, quantize
 from fewbits.numerics.scaling import Granularity
@@ -169,8 +170,10 @@ def _native_int8(left: Quantized, right: Quantized, dtype: torch.dtype, bias: Te
     a, b = left.codes, right.codes.t()
     if by_cpu_kernel(a):
         (M, _), (_, N) = a.shape, b.shape
-        total = torch._int_mm(a, b)  # either order of the codes in memory multiplies at the same speed here
         scales = left.scale.view(-1).expand(M), right.scale.view(-1).expand(N)
+        if dtype in FORMATS and rescales_in_registers():
+            return int8_matmul_cpu.scaled_int8_matmul(a, right.codes, *scales, bias, dtype)
+        total = torch._int_mm(a, b)  # either order of the codes in memory multiplies at the same speed here
         return quantize_cpu.rescale(total, *scales, bias, torch.empty(M, N, dtype=dtype))
     total = torch._int_mm(a.contiguous(), b if b.t().is_contiguous() else b.t().contiguous().t())
     y = total.float() * left.scale.view(-1, 1) * right.scale.view(1, -1)

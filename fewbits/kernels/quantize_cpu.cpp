@@ -1,6 +1,9 @@
 // Codes and scales of a matrix on a CPU, bit for bit those of numerics/quantize.py. See quantize_cpu.py.
 #include <algorithm>
 #include <vector>
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#endif
 
 #include "elements.hpp"
 #include "parallel.hpp"
@@ -69,11 +72,20 @@ inline void raise(uint32_t* place, uint32_t value) {
 
 // Largest magnitudes of all blocks into amax, which holds zeros. A maximum does not depend on the order.
 template <class T>
-void block_amax(int threads, const Matrix& m, uint32_t* amax) {
-    const T* x = static_cast<const T*>(m.x);
-    long slab = std::max(1L, std::min(m.block_rows, PIECE / std::max(1L, m.columns)));
-    long slabs_per_block = (m.block_rows + slab - 1) / slab, grid_rows = (m.rows + m.block_rows - 1) / m.block_rows;
-    parallel(threads, grid_rows * slabs_per_block, [&](long piece) {
+class Maxima {
+    const Matrix& m;
+    uint32_t* amax;
+    long slab, slabs_per_block;
+
+  public:
+    Maxima(const Matrix& m, uint32_t* amax)
+        : m(m), amax(amax), slab(std::max(1L, std::min(m.block_rows, PIECE / std::max(1L, m.columns)))),
+          slabs_per_block((m.block_rows + slab - 1) / slab) {}
+
+    long pieces() const { return (m.rows + m.block_rows - 1) / m.block_rows * slabs_per_block; }
+
+    void operator()(long piece) const {
+        const T* x = static_cast<const T*>(m.x);
         long above = piece / slabs_per_block, first = above * m.block_rows + piece % slabs_per_block * slab;
         long last = std::min({first + slab, (above + 1) * m.block_rows, m.rows});
         uint32_t* found = amax + above * m.scale_row;
@@ -94,8 +106,8 @@ void block_amax(int threads, const Matrix& m, uint32_t* amax) {
                 most = std::max(most, amax_of(x + i * m.stride + j, std::min(m.block_columns, m.columns - j)));
             raise(found + block * m.scale_column, most);
         }
-    });
-}
+    }
+};
 
 // ---- codes -----------------------------------------------------------------------------------------------------------
 
@@ -147,10 +159,60 @@ inline uint8_t float_code(float x, uint32_t random, const Target& t, float ulps,
     return uint8_t(code | ((bits >> 24) & 0x80));
 }
 
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+inline __m512 load16(const float* x, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, x); }
+inline __m512 load16(const fp16* x, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x)); }
+inline __m512 load16(const bf16* x, __mmask16 mask) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)), 16));
+}
+
+inline __m512i random_word(__m512i index, __m512i a, __m512i b) {
+    auto mixed = [](__m512i h, int shift) { return _mm512_xor_si512(h, _mm512_srli_epi32(h, shift)); };
+    __m512i h = mixed(_mm512_xor_si512(index, a), 17);
+    h = _mm512_add_epi32(_mm512_mullo_epi32(h, _mm512_set1_epi32(int(0xED5AD4BBu))), b);
+    h = _mm512_mullo_epi32(mixed(h, 11), _mm512_set1_epi32(int(0xAC4C1B51u)));
+    h = _mm512_mullo_epi32(mixed(h, 15), _mm512_set1_epi32(int(0x31848BABu)));
+    return mixed(h, 14);
+}
+
+// `integer_code` of n elements, 16 at a time and no copy in between: rows of int8 take 0.72 of the time of the loops below, with
+// random bits, which are two thirds of the work then, 0.94.
+template <class T, bool STOCHASTIC, bool EACH>
+void integer_run(const T* x, long n, float one, const float* each, uint32_t index, uint32_t step, const Target& t,
+                 uint8_t* out) {
+    const __m512 most = _mm512_set1_ps(t.max), least = _mm512_set1_ps(-t.max), unit = _mm512_set1_ps(one);
+    const __m512i a = _mm512_set1_epi32(int(t.a)), b = _mm512_set1_epi32(int(t.b)), stride = _mm512_set1_epi32(int(16 * step));
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i place = _mm512_add_epi32(_mm512_set1_epi32(int(index)), _mm512_mullo_epi32(lanes, _mm512_set1_epi32(int(step))));
+    for (long j = 0; j < n; j += 16, place = _mm512_add_epi32(place, stride)) {
+        const __mmask16 mask = n - j >= 16 ? 0xFFFF : (1u << (n - j)) - 1;
+        __m512 v = _mm512_mul_ps(load16(x + j, mask), EACH ? _mm512_maskz_loadu_ps(mask, each + j) : unit);
+        v = _mm512_maskz_max_ps(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v, least);  // 0 for NaN
+        v = _mm512_min_ps(v, most);
+        __m512i whole;
+        if (STOCHASTIC) {
+            const __m512 size = _mm512_abs_ps(v);
+            whole = _mm512_cvttps_epi32(size);
+            const __m512 rest = _mm512_mul_ps(_mm512_sub_ps(size, _mm512_cvtepi32_ps(whole)), _mm512_set1_ps(0x1p32f));
+            const __m512i fraction = _mm512_cvttps_epu32(rest);
+            const __mmask16 up = _mm512_cmplt_epu32_mask(_mm512_add_epi32(fraction, random_word(place, a, b)), fraction);
+            whole = _mm512_mask_add_epi32(whole, up, whole, _mm512_set1_epi32(1));
+            whole = _mm512_mask_sub_epi32(whole, _mm512_movepi32_mask(_mm512_castps_si512(v)), _mm512_setzero_si512(), whole);
+        } else {
+            whole = _mm512_cvtps_epi32(v);
+        }
+        _mm_mask_storeu_epi8(out + j, mask, _mm512_cvtepi32_epi8(whole));
+    }
+}
+#endif
+
 // Codes of n elements under one inv_scale, or one each.
 template <class T, bool STOCHASTIC, bool EACH>
 void encode_run(const T* x, long n, float one, const float* each, uint32_t index, uint32_t step, const Target& t,
                 uint8_t* out) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    if (t.integer) return integer_run<T, STOCHASTIC, EACH>(x, n, one, each, index, step, t, out);
+#endif
     const float ulp = std::ldexp(1.0f, t.min_exponent - t.mantissa), ulps = 1.0f / ulp;
     const float normal = std::ldexp(1.0f, t.min_exponent), carrier_normal = std::ldexp(1.0f, 1 - t.carrier_bias);
     const float carried = std::ldexp(1.0f, t.carrier_bias - 1 + t.carrier_mantissa);
@@ -197,9 +259,20 @@ void inverses(const Matrix& m, const float* scale, long i, std::vector<float>& i
 }
 
 template <class T, bool STOCHASTIC>
-void encode(int threads, const Matrix& m, const Target& t, const float* scale, uint8_t* out) {
-    long some = std::max(1L, PIECE / std::max(1L, m.columns));
-    parallel(threads, (m.rows + some - 1) / some, [&](long piece) {
+class Codes {
+    const Matrix& m;
+    const Target& t;
+    const float* scale;
+    uint8_t* out;
+    long some;
+
+  public:
+    Codes(const Matrix& m, const Target& t, const float* scale, uint8_t* out)
+        : m(m), t(t), scale(scale), out(out), some(std::max(1L, PIECE / std::max(1L, m.columns))) {}
+
+    long pieces() const { return (m.rows + some - 1) / some; }
+
+    void operator()(long piece) const {
         std::vector<float> inv;
         long known = -1;
         for (long i = piece * some; i < std::min(m.rows, (piece + 1) * some); i++) {
@@ -207,8 +280,8 @@ void encode(int threads, const Matrix& m, const Target& t, const float* scale, u
             known = i / m.block_rows;
             encode_row<T, STOCHASTIC>(m, t, i, inv.data(), m.block_columns == 1 ? inv.data() : nullptr, out);
         }
-    });
-}
+    }
+};
 
 // Blocks within one row: maxima, scales and codes while the row is at hand.
 template <class T, bool STOCHASTIC>
@@ -235,9 +308,12 @@ void quantize(int threads, const Matrix& m, const Target& t, float* scale, uint8
     uint32_t* amax = reinterpret_cast<uint32_t*>(scale);  // the scales, all in one piece, take the place of the maxima
     long above = (m.rows + m.block_rows - 1) / m.block_rows, across = (m.columns + m.block_columns - 1) / m.block_columns;
     std::fill(amax, amax + above * across, 0);
-    block_amax<T>(threads, m, amax);
-    for (long i = 0; i < above * across; i++) scale[i] = scale_of(amax[i], t);
-    encode<T, STOCHASTIC>(threads, m, t, scale, out);
+    const Maxima<T> maxima(m, amax);
+    const Codes<T, STOCHASTIC> codes(m, t, scale, out);
+    auto scales = [&] {
+        for (long i = 0; i < above * across; i++) scale[i] = scale_of(amax[i], t);
+    };
+    parallel(threads, maxima.pieces(), maxima, scales, codes.pieces(), codes);
 }
 
 // ---- values ----------------------------------------------------------------------------------------------------------
@@ -264,7 +340,10 @@ void decode_run(const uint8_t* codes, long n, float one, const float* each, int 
 }  // namespace
 
 EXPORT void block_amax(int threads, const Matrix* m, uint32_t* amax) {
-    with_type(m->format, [&](auto* kind) { block_amax<std::remove_pointer_t<decltype(kind)>>(threads, *m, amax); });
+    with_type(m->format, [&](auto* kind) {
+        const Maxima<std::remove_pointer_t<decltype(kind)>> maxima(*m, amax);
+        parallel(threads, maxima.pieces(), maxima);
+    });
 }
 
 // Scales from the maxima, then codes; scale: [grid rows, grid columns] in one piece.
@@ -278,7 +357,9 @@ EXPORT void quantize(int threads, const Matrix* m, const Target* t, float* scale
 EXPORT void encode(int threads, const Matrix* m, const Target* t, const float* scale, uint8_t* out) {
     with_type(m->format, [&](auto* kind) {
         using T = std::remove_pointer_t<decltype(kind)>;
-        (t->stochastic ? encode<T, true> : encode<T, false>)(threads, *m, *t, scale, out);
+        auto run = [&](const auto& codes) { parallel(threads, codes.pieces(), codes); };
+        if (t->stochastic) run(Codes<T, true>(*m, *t, scale, out));
+        else run(Codes<T, false>(*m, *t, scale, out));
     });
 }
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fewbits.kernels.dispatch import emulated, fused
+from fewbits.kernels.dispatch import attention_by_kernel, emulated, fused
 from fewbits.nn.linear import FORMAT_OF, Linear
-from fewbits.nn.lowbit import Codes
+from fewbits.nn.lowbit import Codes, beside
 from fewbits.nn.norm import RMSNorm
 from fewbits.numerics.attention import short_attention
 from fewbits.numerics.wide import widen
@@ -51,12 +52,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
     The scores are scaled before they could overflow fp16: torch's fused kernels hold them in fp32, and its plain path
     scales q and k before it multiplies them. Where 16-bit matmuls are emulated, the inputs are widened.
     """
-    dtype = q.dtype
+    dtype, grouped = q.dtype, k.shape[1] != q.shape[1]
+    if not dropout and (twin := attention_by_kernel(q, k)) is not None:
+        if grouped:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        return twin.attention(q, k, v, mask)  # type: ignore[no-any-return]
     name = FORMAT_OF.get(dtype)
     emulate = name is not None and emulated(name, q.device.type)
     if emulate:
         q, k, v = q.float(), k.float(), v.float()
-    grouped = k.shape[1] != q.shape[1]
     if q.dtype == torch.bfloat16 and not dropout and _is_short(q, k):
         if grouped:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -110,4 +114,20 @@ class Attention(nn.Module):
             return [part.view(*x.shape[:-1], count, self.head_dim) for part, count in zip(parts, counts, strict=True)]
         product = self.qkv(x) if codes is None else self.qkv(x, codes)
         heads = product.view(*x.shape[:-1], sum(counts), self.head_dim)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return _Parts.apply(heads, counts)  # type: ignore[no-any-return, no-untyped-call]
         return heads.split(counts, dim=2)  # type: ignore[no-any-return]
+
+
+class _Parts(torch.autograd.Function):
+    """x [B, T, C, d] split along C, whose gradient is put together without a copy where its parts lie side by side."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, ...]:
+        ctx.shape = x.shape
+        return x.split_with_sizes(counts, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        B, T, C, d = ctx.shape
+        return beside([grad.reshape(B * T, -1) for grad in grads]).view(B, T, C, d), None

@@ -6,6 +6,7 @@ codes are never older than the weight. The gradient is quantized once where both
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -195,7 +196,7 @@ class _LowBitLinear(torch.autograd.Function):
         biased = ctx.bias_dtype is not None and ctx.needs_input_grad[2]
         parts = [grad.reshape(-1, grad.shape[-1]) for grad in grads]  # of one that nobody uses, zeros
         if len(parts) > 1 and not apart(parts, recipe, ctx.needs_input_grad[:2]):
-            parts = [torch.cat(parts, 1)]
+            parts = [beside(parts)]
         grad_NO = parts[0]  # all of it, where more than codes and sums is wanted
         left, rows, sums = gradient_codes(draw, parts, recipe, ctx.needs_input_grad[:2], biased)
         if ctx.needs_input_grad[0]:
@@ -248,6 +249,22 @@ def apart(parts: Sequence[Tensor], recipe: Recipe, needed: tuple[bool, bool]) ->
     if recipe.grad_input is None or not all(needed) or not shared_gradient(recipe):
         return False
     return in_both_layouts(parts, recipe.grad_input.left)
+
+
+def beside(parts: Sequence[Tensor]) -> Tensor:
+    """Matrices [N, width] side by side: a view where they lie so already, as a kernel of attention writes gradients; else a
+    copy."""
+    first, width = parts[0], sum(part.shape[1] for part in parts)
+    if all(type(part) is Tensor for part in parts) and not torch.compiler.is_compiling():
+        places = itertools.accumulate((part.shape[1] for part in parts[:-1]), initial=first.storage_offset())
+        memory = first.untyped_storage().data_ptr()
+        if all(
+            part.untyped_storage().data_ptr() == memory and part.storage_offset() == place
+            and part.stride() == first.stride() and part.stride(1) == 1 and part.stride(0) >= width
+            for part, place in zip(parts, places, strict=True)
+        ):  # fmt: skip
+            return first.as_strided((first.shape[0], width), first.stride())
+    return torch.cat(tuple(parts), 1)
 
 
 def limits(recipe: Recipe) -> tuple[float, float, float]:

@@ -26,6 +26,17 @@ _QUERIES = 64  # in one block: of a context of 256 tokens five eighths of S and 
 _SCORE_BYTES = 8 << 20  # fp32 scores of one piece of the batch: what the last level of a CPU's cache holds
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v in fp32 or wider, rounded once: the definition, which keeps everything.
+
+    Shapes: q, k, v [B, H, T, d]; mask bool [B, 1, T, T], true where a key counts, or None for causal.
+    """
+    wide_q, wide_k, wide_v = widen(q), widen(k), widen(v)
+    allowed = torch.ones(2 * q.shape[2:3], dtype=torch.bool, device=q.device).tril() if mask is None else mask
+    scores = wide_q @ wide_k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    return (scores.masked_fill(~allowed, -math.inf).softmax(-1) @ wide_v).to(q.dtype)
+
+
 def _pieces(B: int, H: int, T: int) -> Iterator[slice]:
     rows = max(1, _SCORE_BYTES // (4 * H * T * T))
     return (slice(start, min(start + rows, B)) for start in range(0, B, rows))

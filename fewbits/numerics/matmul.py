@@ -81,6 +81,23 @@ def emulated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tf
     return _EmulatedLinear.apply(x, weight, bias, tf32)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def scaled_int8_matmul(
+    left_MK: Tensor,
+    right_NK: Tensor,
+    row_scale_M: Tensor,
+    column_scale_N: Tensor,
+    bias_N: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """left @ right.T in integers, times both scales, plus the bias, each in fp32, then rounded to `dtype`: [M, N].
+
+    left, right: int8; scales: fp32.
+    """
+    total_MN = (left_MK.double() @ right_NK.double().t()).float()  # of integers below 2^53, so exact up to here
+    y_MN = total_MN * row_scale_M.view(-1, 1) * column_scale_N
+    return (y_MN if bias_N is None else y_MN + bias_N.float()).to(dtype)
+
+
 _CHUNK = 32  # products that an fp8 instruction of Hopper sums before it adds them to the accumulator (k of wgmma)
 
 

@@ -13,7 +13,7 @@ from fewbits import AdamW, ModelConfig, Step, Transformer
 from fewbits.choice import Choice
 from fewbits.kernels import dispatch
 from fewbits.nn.linear import Linear
-from fewbits.nn.lowbit import held_weights, hold, limits, recipe_of
+from fewbits.nn.lowbit import beside, held_weights, hold, limits, recipe_of
 from fewbits.nn.scale_history import (
     ACTIVATION,
     GRADIENT,
@@ -81,6 +81,22 @@ def test_the_gradients_are_those_of_the_exact_layer_up_to_the_format(name):
     ):
         assert found is not None
         assert float((found.detach().double() - wanted).norm()) < 2.0**-3 * float(wanted.norm())
+
+
+def test_matrices_that_lie_side_by_side_are_put_together_without_a_copy():
+    whole = torch.randn(5, 3, 8)
+    parts = [part.reshape(5, -1) for part in whole.split((1, 2), 1)]
+    found = beside(parts)
+    assert torch.equal(found, torch.cat(parts, 1)) and found.data_ptr() == whole.data_ptr()
+    for others in (
+        [parts[0], parts[1].clone()],
+        [parts[0], parts[0]],  # the same place twice
+        [parts[1], parts[0]],  # the wrong order
+        list(torch.randn(2, 5, 8)),  # one behind the other
+        [part.reshape(5, -1).t() for part in torch.randn(4, 2, 5)],  # columns lie apart
+    ):
+        found = beside(others)
+        assert torch.equal(found, torch.cat(others, 1)) and found.data_ptr() != others[0].data_ptr()
 
 
 def test_a_weight_is_quantized_once_a_step_whatever_the_number_of_micro_batches(monkeypatch):
