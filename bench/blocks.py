@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 # Environment variables that change what is measured start with one of these.
-_TUNING = ("OMP_", "MKL_", "ONEDNN_", "MALLOC_", "GLIBC_TUNABLES", "TORCHINDUCTOR_")
+_TUNING = ("OMP_", "GOMP_", "MKL_", "ONEDNN_", "MALLOC_", "GLIBC_TUNABLES", "TORCHINDUCTOR_")
 ROOT = Path(__file__).resolve().parent.parent
 
 

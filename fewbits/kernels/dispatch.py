@@ -157,7 +157,9 @@ def fused(x: Tensor) -> ModuleType | None:
     return fused_cpu if fused_cpu.library().value is not None else None
 
 
-LONGEST = 1024  # tokens: of 2,048 a head no longer fits the second cache level, as fast as torch's kernel and slower beyond
+LONGEST = (
+    1024  # tokens: of 2,048 a head no longer fits the second cache level, as fast as torch's kernel and slower beyond
+)
 
 
 def attention_execution(device: torch.device, dtype: torch.dtype) -> Choice:

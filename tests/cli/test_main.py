@@ -12,7 +12,7 @@ import pytest
 
 from fewbits.cli import main as cli
 from fewbits.cli.console import find_model, find_run
-from fewbits.cli.main import COMMANDS, explain, run
+from fewbits.cli.main import COMMANDS, explain, run, sleep_soon
 from fewbits.errors import FewbitsError
 from fewbits.train.aliases import CONVERSIONS
 from fewbits.train.config import load_recipe, options, override
@@ -286,3 +286,13 @@ def test_every_command_is_found_under_its_name():
     context = click.Context(cli.fewbits)
     for name in cli.fewbits.list_commands(context):
         assert cli.fewbits.get_command(context, name).name == name
+
+
+def test_threads_wait_awake_for_a_moment_unless_somebody_said_how_they_wait():
+    for given, expected in (
+        ({}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}),
+        ({"GOMP_SPINCOUNT": "5"}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "5"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ):
+        sleep_soon(given)
+        assert given == expected
