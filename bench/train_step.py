@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -173,7 +174,8 @@ def names_of(work: str, cases: str) -> list[str]:
     """The cases asked for; `;` between them where a precision contains commas."""
     from fewbits.lab.variants import split_values
 
-    return split_values(cases) if cases else list(CASES[work])
+    given = [re.sub(r"\s*,\s*", ", ", name) for name in split_values(cases)]  # as the default cases are spelled
+    return given if cases else list(CASES[work])
 
 
 class Results:

@@ -106,12 +106,13 @@ def main() -> None:
     before = json.loads(path.read_text()) if path.exists() else {}
     if before and (before["recipe"], pairs(before["options"])) != (a.recipe, pairs(a.options)):
         parser.error(f"{path} holds trainings of {before['recipe']} {' '.join(before['options'])}: give another --name")
-    runs = [run for run in before.get("runs", []) if run["status"] != "crashed"]
+    runs = [run for run in before.get("runs", []) if run["status"] in ("finished", "diverged")]
     precisions = split_values(a.precisions)
     have = {(run["variant"], run["seed"]) for run in runs}
     missing = [(p, seed) for seed in range(a.seeds) for p in precisions if (p, seed) not in have]
 
     def save() -> list[dict[str, Any]]:
+        runs.sort(key=lambda run: (run["seed"], [*precisions, run["variant"]].index(run["variant"])))
         rows = make_rows(precisions, list(range(a.seeds)), [], runs, a.margin, "val_loss")
         data = next((run["learned"] for run in runs if run.get("learned")), None)  # the same for all: once is enough
         each = [{key: value for key, value in run.items() if key != "learned"} for run in runs]
@@ -122,9 +123,13 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(a.workers) as pool:
         futures = [pool.submit(train, task, a.recipe, a.options, a.threads, Path(folder)) for task in missing]
-        for future in as_completed(futures):
-            runs.append(future.result())
-            save()
+        try:
+            for future in as_completed(futures):
+                runs.append(future.result())
+                save()
+        except BaseException:  # an interrupt: what waits is not begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     for row in save():
         verdict = row["verdict"] or {}
         low, high = verdict.get("interval") or (float("nan"), float("nan"))

@@ -15,7 +15,7 @@ BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
 from fleet import CONTEXT, Case, Fleet  # noqa: E402
-from train_step import Results, best_peer, main, missing, table  # noqa: E402
+from train_step import Results, best_peer, main, missing, names_of, table  # noqa: E402
 
 FAKE = """
 import json, os, sys, time
@@ -158,6 +158,11 @@ def test_what_is_added_stands_beside_the_first_case_and_the_best_peer(results):
 
 def test_the_best_peer_is_never_ours(results):
     assert best_peer(results.works["gpt2-124m"]["sittings"][0]["cases"]) == "compact bf16"
+
+
+def test_cases_are_named_as_they_are_by_default():
+    for given in ("ours fp8-delayed,head=fp8; compact bf16", "ours fp8-delayed, head=fp8, compact bf16"):
+        assert names_of("gpt2-124m", given) == ["ours fp8-delayed, head=fp8", "compact bf16"]
 
 
 def test_every_default_case_has_a_builder():

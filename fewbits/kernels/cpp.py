@@ -16,12 +16,16 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fewbits.choice import Choice
 from fewbits.places import cache_root
+from fewbits.ranges import span
 
 # No contraction into fused multiply-adds: results must be those of the definitions, on any processor. No trap and no
 # errno is asked for, without which rint and the comparisons would not become vectors.
@@ -30,7 +34,7 @@ _SHARED = ("-fPIC", "-shared", "-fvisibility=hidden", "-w")
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers of the element formats, as elements.hpp has them."""
 _ARGUMENTS = {"i": ctypes.c_int, "l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
-_HEADERS = ("elements.hpp", "parallel.hpp")
+_HEADERS = ("elements.hpp", "memory.hpp", "parallel.hpp", "reductions.hpp")
 _HERE = Path(__file__).parent
 
 
@@ -64,6 +68,21 @@ def library(name: str, functions: Mapping[str, str]) -> Choice:
     for function, letters in functions.items():
         getattr(loaded, function).argtypes = [_ARGUMENTS[letter] for letter in letters]
     return Choice(loaded, f"{name}.cpp, compiled by {command[0]}")
+
+
+def call(loaded: Any, function: str, format: torch.dtype, *arguments: Any) -> int:
+    """What `function` of a loaded library returns, of as many threads as torch has, elements in `format` and `arguments`, of
+    which tensors go as their addresses. A range of its own: it is no operator of torch, a profiler would not see it."""
+    values = (x.data_ptr() if isinstance(x, Tensor) else x for x in arguments)
+    with span(function):
+        found: int = getattr(loaded, function)(torch.get_num_threads(), FORMATS[format], *values)
+    return found
+
+
+@cache
+def spreads() -> bool:
+    """Whether work is spread over threads: torch has an OpenMP runtime that can be found."""
+    return _launcher() is not None
 
 
 def _built(name: str, command: list[str]) -> Path:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fewbits.choice import Choice
 from fewbits.formats import Format
-from fewbits.kernels import cpp, fused_cpu, int8_matmul_cpu, layouts
+from fewbits.kernels import attention_cpu, cpp, fused_cpu, int8_matmul_cpu, layouts
 from fewbits.kernels import quantize as cuda_twin
 from fewbits.kernels import quantize_cpu as cpu_twin
 from fewbits.kernels import update as update_twin
@@ -157,9 +157,9 @@ def fused(x: Tensor) -> ModuleType | None:
     return fused_cpu if fused_cpu.library().value is not None else None
 
 
-LONGEST = (
-    1024  # tokens: of 2,048 a head no longer fits the second cache level, as fast as torch's kernel and slower beyond
-)
+LONGEST = 1024
+"""Tokens up to which attention is the kernel's: of 2,048 a head no longer fits the second cache level, as fast as torch's
+kernel and slower beyond."""
 
 
 def attention_execution(device: torch.device, dtype: torch.dtype) -> Choice:
@@ -169,19 +169,29 @@ def attention_execution(device: torch.device, dtype: torch.dtype) -> Choice:
     if key not in _choices:
         found = fused_execution(device)
         why_not = "" if found.value == "kernel" else found.reason
-        if not why_not and dtype == torch.bfloat16 and "amx_bf16" in describe(device).cpu_features:
+        if not why_not and attention_cpu.library().value is None:
+            why_not = attention_cpu.library().reason
+        elif not why_not and not cpp.spreads():
+            why_not = "torch has no OpenMP runtime here that would spread it over threads"
+        elif not why_not and dtype == torch.bfloat16 and "amx_bf16" in describe(device).cpu_features:
             why_not = "AMX multiplies bf16 many times as fast as the kernel fp32; not timed beside it"
         one_head = "a head at a time, from memory that stays in a cache, in fp32"
         _choices[key] = Choice("operators", why_not) if why_not else Choice("kernel", one_head)
     return _choices[key]
 
 
-def attention_by_kernel(q: Tensor, k: Tensor) -> ModuleType | None:
-    """The module whose `attention` takes q and k [B, H, T, d] now, else None."""
-    twin, T = fused(q), q.shape[2]
-    if twin is None or k.shape[2] != T or T > LONGEST or k.dtype != q.dtype:
+def attention_by_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> ModuleType | None:
+    """The module whose `attention` takes q [B, H, T, d], k and v [B, G, T, d] and a mask bool [B or 1, 1, T, T] now, else None:
+    also below 64 tokens in 16 bits and 128 in fp32, of which torch's operators make less work than a launch takes."""
+    B, _, T, _ = q.shape
+    if fused(q) is None or not (64 if q.dtype.itemsize == 2 else 128) <= T <= LONGEST:
         return None
-    return twin if attention_execution(q.device, q.dtype).value == "kernel" else None
+    alike = k.shape == v.shape and k.shape[0] == B and k.shape[2:] == q.shape[2:]
+    alike = alike and all(type(x) is type(q) and x.dtype == q.dtype and x.device == q.device for x in (k, v))
+    masked = mask is None or (mask.dtype == torch.bool and mask.shape in ((B, 1, T, T), (1, 1, T, T)))
+    if not alike or not masked or torch._C._are_functorch_transforms_active():
+        return None
+    return attention_cpu if attention_execution(q.device, q.dtype).value == "kernel" else None
 
 
 def _by_definition(x: Tensor) -> bool:
@@ -352,7 +362,10 @@ def int8_product_execution() -> Choice:
         found, hardware = int8_matmul_cpu.library(), describe(torch.device("cpu"))
         why_not = found.reason if found.value is None else ""
         if not why_not and "avx512_vnni" not in hardware.cpu_features:
-            why_not = f"ONEDNN_MAX_CPU_ISA={hardware.onednn_max_isa} leaves no avx512_vnni"
+            limit = hardware.onednn_max_isa
+            why_not = (
+                f"ONEDNN_MAX_CPU_ISA={limit} leaves no avx512_vnni" if limit else "torch finds no avx512_vnni here"
+            )
         elif not why_not and "amx_int8" in hardware.cpu_features:
             why_not = "torch's operator uses AMX, which makes eight times as many products a cycle"
         one_pass = "rescaled in registers, where torch's operator writes 32-bit sums"

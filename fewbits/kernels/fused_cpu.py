@@ -6,8 +6,6 @@ that results do not depend on the number of threads. Functions carry the names o
 
 from __future__ import annotations
 
-import ctypes
-import math
 from functools import cache
 from typing import Any
 
@@ -18,12 +16,10 @@ from torch.autograd.function import once_differentiable
 from fewbits.choice import Choice
 from fewbits.kernels import cpp
 from fewbits.numerics.loss import IGNORE
-from fewbits.ranges import span
 
 _FUNCTIONS = {
     "gelu": "iiplpp", "norm": "iipllppfippp", "norm_backward": "iippllpppippp", "column_sums": "iiplllp",
     "softmax_gradient": "iipllplfpp", "attention_softmax": "iipllllflplp", "attention_softmax_backward": "iippllllflp",
-    "attention": "iipppppp", "attention_backward": "iipppppppppl",
 }  # fmt: skip
 
 
@@ -34,10 +30,7 @@ def library() -> Choice:
 
 
 def _call(function: str, format: torch.dtype, *arguments: Any) -> int:
-    values = (x.data_ptr() if isinstance(x, Tensor) else x for x in arguments)
-    with span(function):  # no operator of torch: a profiler would not see it
-        found: int = getattr(library().value, function)(torch.get_num_threads(), cpp.FORMATS[format], *values)
-    return found
+    return cpp.call(library().value, function, format, *arguments)
 
 
 class _Gelu(torch.autograd.Function):
@@ -130,58 +123,3 @@ def write_softmax(P_bHTT: Tensor, scores: Tensor, rows: slice, scale: float, mas
 def write_gradient(dS_NTT: Tensor, dP: Tensor, P_NTT: Tensor, rows: slice, scale: float) -> None:
     """See `Softmax` of numerics/attention.py; all are contiguous, dP fp32."""
     _call("attention_softmax_backward", P_NTT.dtype, dP, P_NTT, *dP.shape, rows.start, scale, P_NTT.shape[1], dS_NTT)
-
-
-class _Shape(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_long) for name in ("B", "H", "T", "d")),
-        ("scale", ctypes.c_float),
-        ("mask", ctypes.c_void_p),
-        ("strides", ctypes.c_long * 12),
-    )
-
-    @classmethod
-    def of(cls, mask: Tensor | None, *inputs: Tensor) -> _Shape:
-        """Of q, k, v and perhaps the gradient, [B, H, T, d] with elements side by side."""
-        B, H, T, d = inputs[0].shape
-        strides = [stride for x in inputs for stride in x.stride()[:3]]
-        where = None if mask is None else mask.data_ptr()
-        return cls(B, H, T, d, 1 / math.sqrt(d), where, (ctypes.c_long * 12)(*strides))
-
-
-def _side_by_side(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        B, H, T, d = q.shape
-        q, k, v = (_side_by_side(x) for x in (q, k, v))
-        mask = None if mask is None else mask.contiguous()
-        y, logs = q.new_empty(B, T, H, d), torch.empty(B, H, T)
-        shape = _Shape.of(mask, q, k, v)
-        _call("attention", q.dtype, ctypes.addressof(shape), q, k, v, y, logs)
-        ctx.save_for_backward(q, k, v, mask, logs)
-        return y.transpose(1, 2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, mask, logs = ctx.saved_tensors
-        B, H, T, d = q.shape
-        grad = _side_by_side(grad)
-        parts = q.new_empty(B, T, 3, H, d).unbind(
-            2
-        )  # as the rows of one product lie: nobody needs to put them together
-        shape = _Shape.of(mask, q, k, v, grad)
-        _call("attention_backward", q.dtype, ctypes.addressof(shape), q, k, v, grad, logs, *parts, 3 * H * d)
-        grad_q, grad_k, grad_v = (part.transpose(1, 2) for part in parts)
-        return grad_q, grad_k, grad_v, None
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """`attention` of numerics/attention.py, a head at a time: q, k, v [B, H, T, d] of bf16, fp16 or fp32 and any strides, mask
-    bool [B, 1, T, T] or None for causal. The result is contiguous once heads and positions are swapped, and the three
-    gradients lie beside one another as [B, T, 3, H, d]."""
-    return _Attention.apply(q, k, v, mask)  # type: ignore[no-any-return, no-untyped-call]

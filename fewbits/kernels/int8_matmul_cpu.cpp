@@ -1,12 +1,11 @@
 // left @ right.T of int8 codes in VNNI instructions, rescaled and rounded while the sums lie in registers. See int8_matmul_cpu.py.
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 
 #include "elements.hpp"
+#include "memory.hpp"
 #include "parallel.hpp"
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 
 namespace {
@@ -17,20 +16,12 @@ constexpr int ROWS = 8;     // of left in one tile
 constexpr int GROUPS = 3;   // of right in one tile: 8 x 3 sums and 4 operands leave 4 of the 32 registers
 constexpr long PIECE = 256; // rows of left in one piece of work
 
-struct Freed {
-    void operator()(void* memory) const { free(memory); }
-};
-using Bytes = std::unique_ptr<int8_t, Freed>;
-
-Bytes aligned(long bytes) { return Bytes(static_cast<int8_t*>(aligned_alloc(64, (bytes + 63) / 64 * 64))); }
-
 // Rows and columns as the product sees them (the contraction along the columns), `row` and `column` bytes apart.
 struct Codes {
     const int8_t* x;
     long rows, columns, row, column;
 };
 
-// Registers i and i + apart change halves of `Width` lanes each: a step of a transpose.
 inline void transpose(__m512i* v) {  // 16 x 16 int32
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
@@ -186,7 +177,7 @@ void tile(long quads, const int8_t* left, const int8_t* right, long apart, const
         const __m512 scale = _mm512_maskz_loadu_ps(mask, column_scale + j * GROUP);
         const __m512 added = bias ? _mm512_maskz_loadu_ps(mask, bias + j * GROUP) : _mm512_setzero_ps();
         for (int i = 0; i < std::min(long(ROWS), rows); i++) {
-            __m512i exact = _mm512_sub_epi32(total[i * G + j], _mm512_set1_epi32(sums[i] * 128));
+            __m512i exact = _mm512_sub_epi32(total[i * G + j], _mm512_set1_epi32(int(uint32_t(sums[i]) * 128u)));
             __m512 v = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_set1_ps(row_scale[i])), scale);
             if (bias) v = _mm512_add_ps(v, added);
             put(out + i * stride + j * GROUP, mask, v);
@@ -199,8 +190,9 @@ void multiply(int threads, const Codes& left, const Codes& right, const float* r
               const float* bias, T* out) {
     const long quads = (left.columns + 3) / 4, apart = quads * 64, N = right.rows;
     const long above = (left.rows + GROUP - 1) / GROUP, across = (N + GROUP - 1) / GROUP;
-    Bytes a = aligned(above * apart), b = aligned(across * apart), c = aligned(above * 64);
-    int32_t* sums = reinterpret_cast<int32_t*>(c.get());
+    auto a = aligned<int8_t>(above * apart), b = aligned<int8_t>(across * apart);
+    auto sums_of_rows = aligned<int32_t>(above * GROUP);
+    int32_t* sums = sums_of_rows.get();
     const Packed packed_a{a.get(), apart, _mm512_setzero_si512(), sums};
     const Packed packed_b{b.get(), apart, _mm512_set1_epi8(-128), nullptr};
     const long pieces = (above + 3) / 4;

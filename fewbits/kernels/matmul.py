@@ -168,10 +168,10 @@ def block_scales(scale: Tensor, square: bool) -> Tensor:
 def _native_int8(left: Quantized, right: Quantized, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
     """Products and sums in int32, exact; then one rounding."""
     a, b = left.codes, right.codes.t()
-    if by_cpu_kernel(a):
-        (M, _), (_, N) = a.shape, b.shape
+    if by_cpu_kernel(a) and dtype in FORMATS:
+        M, N = a.shape[0], right.codes.shape[0]
         scales = left.scale.view(-1).expand(M), right.scale.view(-1).expand(N)
-        if dtype in FORMATS and rescales_in_registers():
+        if rescales_in_registers():
             return int8_matmul_cpu.scaled_int8_matmul(a, right.codes, *scales, bias, dtype)
         total = torch._int_mm(a, b)  # either order of the codes in memory multiplies at the same speed here
         return quantize_cpu.rescale(total, *scales, bias, torch.empty(M, N, dtype=dtype))

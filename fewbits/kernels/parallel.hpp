@@ -43,7 +43,8 @@ static void parallel(int threads, long count, const First& first, const Between&
         ready.store(true, std::memory_order_release);
     };
     if (count == 0) finish(0);
-    parallel(threads, count + more, [&](long piece) {
+    const int wanted = int(std::min<long>(threads, std::max(count, more)));  // with one piece each nobody could help
+    parallel(wanted, count + more, [&](long piece) {
         if (piece < count) {
             first(piece);
             finish(1);

@@ -47,13 +47,14 @@ def _is_short(q: Tensor, k: Tensor) -> bool:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v with fp32 scores, for q [B, H, T, d] and k, v [B, G, T, d] where G divides H.
+    """softmax(q k^T / sqrt(d)) v with fp32 scores, for q [B, H, T, d] and k, v [B, G, T, d] where G divides H; mask bool, true
+    where a key counts, of a shape that broadcasts to [B, H, T, T], or None for causal.
 
     The scores are scaled before they could overflow fp16: torch's fused kernels hold them in fp32, and its plain path
     scales q and k before it multiplies them. Where 16-bit matmuls are emulated, the inputs are widened.
     """
     dtype, grouped = q.dtype, k.shape[1] != q.shape[1]
-    if not dropout and (twin := attention_by_kernel(q, k)) is not None:
+    if not dropout and (twin := attention_by_kernel(q, k, v, mask)) is not None:
         if grouped:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         return twin.attention(q, k, v, mask)  # type: ignore[no-any-return]
@@ -114,9 +115,11 @@ class Attention(nn.Module):
             return [part.view(*x.shape[:-1], count, self.head_dim) for part, count in zip(parts, counts, strict=True)]
         product = self.qkv(x) if codes is None else self.qkv(x, codes)
         heads = product.view(*x.shape[:-1], sum(counts), self.head_dim)
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        q, k, v = heads.split(counts, dim=2)
+        kernel = attention_by_kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None)
+        if self.kv_heads == self.heads and kernel is not None:
             return _Parts.apply(heads, counts)  # type: ignore[no-any-return, no-untyped-call]
-        return heads.split(counts, dim=2)  # type: ignore[no-any-return]
+        return q, k, v
 
 
 class _Parts(torch.autograd.Function):
@@ -130,4 +133,4 @@ class _Parts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         B, T, C, d = ctx.shape
-        return beside([grad.reshape(B * T, -1) for grad in grads]).view(B, T, C, d), None
+        return beside([grad.reshape(B * T, grad.shape[2] * d) for grad in grads]).view(B, T, C, d), None

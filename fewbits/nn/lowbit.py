@@ -255,7 +255,10 @@ def beside(parts: Sequence[Tensor]) -> Tensor:
     """Matrices [N, width] side by side: a view where they lie so already, as a kernel of attention writes gradients; else a
     copy."""
     first, width = parts[0], sum(part.shape[1] for part in parts)
-    if all(type(part) is Tensor for part in parts) and not torch.compiler.is_compiling():
+    plain = all(type(part) is Tensor and part.shape[0] == first.shape[0] for part in parts)
+    if (
+        plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    ):  # the view is of the first part alone
         places = itertools.accumulate((part.shape[1] for part in parts[:-1]), initial=first.storage_offset())
         memory = first.untyped_storage().data_ptr()
         if all(

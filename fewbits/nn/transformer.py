@@ -138,7 +138,8 @@ class ModelConfig:
 
         N counts the weights that are multiplied (every matrix, the head once, no look-ups); the second term is causal
         attention, half of the 12 L D T of full attention (Chowdhery et al. 2022, appendix B). `causal=False` counts it in
-        full, as that paper and torch's FlopCounterMode do, which does not know that half of the scores are masked.
+        full, as that paper and torch's FlopCounterMode do, which does not know that half of the scores are masked (and sees
+        nothing of attention where our own kernel makes it, in eager code on a CPU).
         """
         D, T = self.n_embd, context or self.context
         qkv = (self.n_head + 2 * self.kv_heads) * self.head_dim

@@ -1,4 +1,5 @@
-"""Attention over short contexts in bf16 on a CPU: plain matmuls, and the probabilities are kept for the backward pass.
+"""Attention as it is defined, and over short contexts in bf16 on a CPU where its own kernel does not run (AMX, no compiler):
+plain matmuls, and the probabilities are kept for the backward pass.
 
 torch's fused CPU kernel computes bf16 no faster than fp32, and the scores twice. Where a context is no longer than four
 heads are wide, the probabilities take no more memory than the feed-forward activations, and native matmuls are faster.
@@ -29,7 +30,8 @@ _SCORE_BYTES = 8 << 20  # fp32 scores of one piece of the batch: what the last l
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v in fp32 or wider, rounded once: the definition, which keeps everything.
 
-    Shapes: q, k, v [B, H, T, d]; mask bool [B, 1, T, T], true where a key counts, or None for causal.
+    Shapes: q, k, v [B, H, T, d]; mask bool [B, 1, T, T], true where a key counts, or None for causal. A query that no key
+    counts for has NaN here and 0 in torch's operators and in our kernel.
     """
     wide_q, wide_k, wide_v = widen(q), widen(k), widen(v)
     allowed = torch.ones(2 * q.shape[2:3], dtype=torch.bool, device=q.device).tril() if mask is None else mask

@@ -141,7 +141,7 @@ class Run:
             summary = self._run(interrupts)
             if self.profiler is not None and not self.profiler.complete:
                 self.display.fact(
-                    "profile", f"not written: the run ended after {self.profiler.taken} of the steps it wants"
+                    "profile", f"not written: the run ended after {self.profiler.taken} of {self.profiler.steps} steps"
                 )
             show_summary(self.display, summary, self._paths())
             advise(self.display, summary, str(self.folder))

@@ -1,41 +1,16 @@
 """The fused CPU twins compute what their definitions do: held to fp64, within what fp32 and the last rounding allow."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
+from rounded_once import DTYPES, FP32, assert_close, exact_gradients
 from torch import Tensor
 
 from fewbits.kernels import dispatch, fused_cpu
 from fewbits.numerics import attention, loss
 
 pytestmark = pytest.mark.skipif(fused_cpu.library().value is None, reason=fused_cpu.library().reason)
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-HALF_ULP = {
-    torch.float32: 2.0**-24,
-    torch.bfloat16: 2.0**-8,
-    torch.float16: 2.0**-11,
-}  # relative, at most: 2^-p for p significant bits
-FP32 = 2.0**-21  # a handful of fp32 roundings of half a unit in the last place, 2^-24, each
-
-
-def assert_close(ours: Tensor, exact: Tensor, fp32_error: Tensor | float, subnormal: float = 2.0**-25) -> None:
-    """Within one rounding to the dtype of ours of what fp32 arithmetic with that absolute error makes of it.
-
-    subnormal: half the gap between the subnormals of fp16 (bf16 and fp32 have finer ones).
-    """
-    assert ours.isfinite().all()
-    error = (ours.double() - exact).abs()
-    allowed = HALF_ULP[ours.dtype] * (exact.abs() + fp32_error) + fp32_error + subnormal * (ours.dtype == torch.float16)
-    assert (error <= allowed).all(), (error / allowed).max()
-
-
-def exact_gradients(function, *inputs: Tensor, grad: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    wide = [x.detach().double().requires_grad_() for x in inputs]
-    y = function(*wide)
-    return y.detach(), torch.autograd.grad(y, wide, grad.double())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -153,56 +128,6 @@ def test_attention_passes_are_those_of_the_definition(masked, dtype):
     assert_close(slopes, exact, 8 * FP32 * flat.double())
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 3, 64, 64), (1, 2, 70, 20), (2, 1, 5, 7), (1, 1, 1, 1), (1, 2, 33, 80)], ids=str)
-def test_attention_and_its_gradients_are_rounded_once(shape, dtype, masked):
-    B, H, T, d = shape
-    mask = (torch.rand(B, 1, T, T) < 0.5) | torch.eye(T, dtype=torch.bool) if masked else None
-    qkv, grad = torch.randn(B, T, 3, H, d).to(dtype).requires_grad_(), torch.randn(B, T, H, d).to(dtype)
-    y = fused_cpu.attention(*(x.transpose(1, 2) for x in qkv.unbind(2)), mask)
-    y.backward(grad.transpose(1, 2))
-    exact, (slopes,) = exact_gradients(
-        lambda x: attention.attention(*(part.transpose(1, 2) for part in x.unbind(2)), mask),
-        qkv,
-        grad=grad.transpose(1, 2),
-    )
-    assert y.transpose(1, 2).is_contiguous()
-    # scores and products with the gradient are sums of d numbers, gradients of k and v of T times as many: each off by its
-    # roundings times the largest number that it is made of
-    largest = qkv.detach().double().abs().max() ** 2 * d**0.5 + 1
-    assert_close(y.detach(), exact, FP32 * largest * 4)
-    assert_close(qkv.grad, slopes, FP32 * largest * 4 * max(1.0, float(grad.abs().max())) * T**0.5)
-
-
-def test_attention_reads_any_strides():
-    wide = torch.randn(2, 3, 40, 24)
-    views = [wide[..., i : i + 8] for i in (0, 8)] + [wide[..., 0::3]]  # the last with gaps between its elements
-    ours = fused_cpu.attention(*views, None)
-    assert torch.equal(ours, fused_cpu.attention(*(view.contiguous() for view in views), None))
-
-
-def test_scores_that_are_not_finite_show_in_attention():
-    q, k, v = torch.randn(3, 1, 1, 40, 16)
-    q[0, 0, 35, 3] = math.nan
-    y = fused_cpu.attention(q, k, v, None)
-    assert y[0, 0, 35].isnan().all() and y[0, 0, :35].isfinite().all()
-
-
-def test_where_amx_multiplies_bf16_attention_stays_with_operators(monkeypatch):
-    hardware, cpu = dispatch.describe(torch.device("cpu")), torch.device("cpu")
-    for features, dtype, value in (
-        ({"avx512_bf16"}, torch.bfloat16, "kernel"),
-        ({"amx_bf16"}, torch.bfloat16, "operators"),
-        ({"amx_bf16"}, torch.float32, "kernel"),
-    ):
-        monkeypatch.setattr(dispatch, "_choices", {})
-        monkeypatch.setattr(dispatch, "describe", lambda _, f=features: replace(hardware, cpu_features=frozenset(f)))
-        assert dispatch.attention_execution(cpu, dtype).value == value
-        q = torch.zeros(1, 1, 4, 8, dtype=dtype)
-        assert (dispatch.attention_by_kernel(q, q) is fused_cpu) == (value == "kernel")
-
-
 def test_results_do_not_depend_on_the_number_of_threads():
     def all_of_it() -> list[Tensor]:
         torch.manual_seed(0)
@@ -212,11 +137,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
         parts = fused_cpu.softmax_gradient(
             torch.randn(500, 300), torch.randint(300, (500,)), torch.tensor(1.0), torch.bfloat16
         )
-        q = torch.randn(2, 3, 70, 16).requires_grad_()
-        attended = fused_cpu.attention(q, q, q, None)
-        attended.sum().backward()
-        found = [y.detach(), x.grad, weight.grad, bias.grad, *parts, fused_cpu.column_sums(y.detach())]
-        return [*found, attended.detach(), q.grad]
+        return [y.detach(), x.grad, weight.grad, bias.grad, *parts, fused_cpu.column_sums(y.detach())]
 
     one = all_of_it()
     torch.set_num_threads(3)

@@ -83,6 +83,7 @@ def test_the_gradients_are_those_of_the_exact_layer_up_to_the_format(name):
         assert float((found.detach().double() - wanted).norm()) < 2.0**-3 * float(wanted.norm())
 
 
+@torch.no_grad()
 def test_matrices_that_lie_side_by_side_are_put_together_without_a_copy():
     whole = torch.randn(5, 3, 8)
     parts = [part.reshape(5, -1) for part in whole.split((1, 2), 1)]
@@ -97,6 +98,13 @@ def test_matrices_that_lie_side_by_side_are_put_together_without_a_copy():
     ):
         found = beside(others)
         assert torch.equal(found, torch.cat(others, 1)) and found.data_ptr() != others[0].data_ptr()
+
+
+def test_matrices_side_by_side_keep_the_graph_of_each_for_second_derivatives():
+    x = torch.randn(5, 6, requires_grad=True)
+    parts = (2 * x).split(2, 1)
+    (grad,) = torch.autograd.grad(beside(parts).sum(), x)
+    assert torch.equal(grad, torch.full((5, 6), 2.0))
 
 
 def test_a_weight_is_quantized_once_a_step_whatever_the_number_of_micro_batches(monkeypatch):

@@ -53,7 +53,7 @@ def test_flops_formula_is_torchs_count_within_two_percent(family, monkeypatch):
     model = Transformer(config)
     ids = torch.randint(512, (2, 32))
     # torch's plain attention shows its products to the counter, all T of them a token; half are behind the mask
-    monkeypatch.setattr("fewbits.nn.attention.attention_by_kernel", lambda q, k: None)
+    monkeypatch.setattr("fewbits.nn.attention.attention_by_kernel", lambda *_: None)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
     behind_mask = 6 * config.n_layer * config.n_embd * 32

@@ -62,7 +62,7 @@ def test_a_run_that_is_stopped_before_its_profile_says_so(
 
     monkeypatch.setattr(Run, "_take_step", interrupted)
     train(tiny(max_steps=9, warmup_steps=1), console=Console(file=shown, width=200), profile=2)
-    assert "not written: the run ended after 0 of the steps" in shown.getvalue()
+    assert "not written: the run ended after 0 of 2 steps" in shown.getvalue()
     assert not (tmp_path / "run" / "profile.json").exists()
 
 
