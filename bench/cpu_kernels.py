@@ -2,8 +2,8 @@
 
     python bench/cpu_kernels.py [--repeats 9] [--only AdamW] [--name cpu_kernels]
 
-Shapes are those of a step of the nano recipe. Writes bench/results/NAME.json. Updates stand beside torch's fused operators,
-which run where there is no compiler.
+Shapes are those of a step of the nano recipe, of attention and int8 products those of GPT with 28M parameters. Writes
+bench/results/NAME.json. Updates, attention and int8 products stand beside torch's operators, which run where the kernels do not.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from blocks import save
+from torch.nn.functional import scaled_dot_product_attention
 
-from fewbits.kernels import fused_cpu, quantize_cpu, update_cpu
+from fewbits.kernels import attention_cpu, fused_cpu, int8_matmul_cpu, quantize_cpu, update_cpu
 from fewbits.kernels.heap import keep_freed_memory
 from fewbits.numerics import activation, attention, loss, norm
 from fewbits.numerics import quantize as definition
@@ -116,6 +117,32 @@ def updating() -> dict[str, Pair]:
     return found
 
 
+def multiplying() -> dict[str, Pair]:
+    """(kernel, torch's operators) of int8 products [2048, K] x [N, K] that are rescaled to bf16, and of attention forward and
+    backward over 8 windows of 256 tokens with 8 heads of 64."""
+    found: dict[str, Pair] = {}
+    for K, N in ((512, 1536), (512, 2048), (2048, 512)):
+        left, right = (torch.randint(-127, 128, (rows, K), dtype=torch.int8) for rows in (2048, N))
+        rows, columns, out = torch.rand(2048), torch.rand(N), torch.empty(2048, N, dtype=torch.bfloat16)
+        given = (left, right, rows, columns, None, torch.bfloat16)
+        found[f"int8 product [2048, {K}] x [{N}, {K}]"] = (
+            lambda given=given: int8_matmul_cpu.scaled_int8_matmul(*given),
+            lambda g=given, out=out: quantize_cpu.rescale(torch._int_mm(g[0], g[1].t()), g[2], g[3], None, out),
+        )
+
+    def attending(attend: Callable[..., Any], dtype: torch.dtype) -> Callable[[], Any]:
+        qkv, grad = torch.randn(8, 256, 3, 8, 64).to(dtype).requires_grad_(), torch.randn(8, 8, 256, 64).to(dtype)
+        parts = [part.transpose(1, 2) for part in qkv.unbind(2)]
+        return lambda: torch.autograd.grad(attend(*parts), qkv, grad, retain_graph=True)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        found[f"attention and its gradient, {str(dtype).removeprefix('torch.')}"] = (
+            attending(lambda q, k, v: attention_cpu.attention(q, k, v, None), dtype),
+            attending(lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True), dtype),
+        )
+    return found
+
+
 def main() -> None:
     """Times every pair in turn and saves the least of each."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -125,11 +152,11 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    for library in (quantize_cpu.library(), fused_cpu.library(), update_cpu.library()):
-        if library.value is None:
-            raise SystemExit(library.reason)
+    for module in (quantize_cpu, fused_cpu, update_cpu, attention_cpu, int8_matmul_cpu):
+        if module.library().value is None:
+            raise SystemExit(module.library().reason)
     results = {}
-    for name, pair in {**quantizing(), **between_matmuls(), **updating()}.items():
+    for name, pair in {**quantizing(), **between_matmuls(), **updating(), **multiplying()}.items():
         if given.only not in name:
             continue
         times: list[list[float]] = [[], []]
