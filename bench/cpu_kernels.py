@@ -2,8 +2,8 @@
 
     python bench/cpu_kernels.py [--repeats 9] [--only AdamW] [--name cpu_kernels]
 
-Shapes are those of a step of the nano recipe, of attention and int8 products those of GPT with 28M parameters. Writes
-bench/results/NAME.json. Updates, attention and int8 products stand beside torch's operators, which run where the kernels do not.
+Shapes are those of a step of the nano recipe, of attention and int8 products those of GPT with 28M parameters. Updates,
+attention and int8 products stand beside torch's operators, which run where the kernels do not. Writes bench/results/NAME.json.
 """
 
 from __future__ import annotations
