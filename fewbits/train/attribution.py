@@ -47,7 +47,10 @@ _CPU_RULES: tuple[tuple[str, str], ...] = (
         QUANTIZATION,
     ),  # the range's own time: C++ that torch does not see
     (r"^fewbits::|^(gelu|norm|norm_backward|column_sums)$", ELEMENTWISE),  # C++ of ours, each call in a range
-    (r"^aten::_?(mm|addmm_?|bmm|baddbmm_?|int_mm|scaled_mm)$|^(mkldnn|mkl|onednn|quantized)::.*linear", MATMUL),
+    (
+        r"^scaled_int8_matmul$|^aten::_?(mm|addmm_?|bmm|baddbmm_?|int_mm|scaled_mm)$|^(mkldnn|mkl|onednn|quantized)::.*linear",
+        MATMUL,
+    ),
     (r"attention", ATTENTION_PART),
     (r"soft_?max|nll_loss|cross_entropy", LOSS_PART),
     (r"^update$|_fused_adam|_fused_sgd|_foreach", OPTIMIZER),
@@ -146,8 +149,11 @@ def multiplied(kernel: str) -> Multiplied:
     return next((Multiplied(name, cores) for rule, name, cores in _FORMAT_RULES if rule.search(kernel)), _NOT_SAID)
 
 
-def operand_format(dtypes: Iterable[str]) -> str:
-    """The format of a CPU matmul by the dtypes of its inputs as a profiler writes them; "?" where none is known."""
+def operand_format(dtypes: Iterable[str], name: str = "") -> str:
+    """The format of a CPU matmul by the dtypes of its inputs as a profiler writes them, or by its name where it is C++ of
+    ours, whose inputs no profiler sees; "?" where none is known."""
+    if name == "scaled_int8_matmul":
+        return "int8"
     found = [_DTYPES[name] for name in dtypes if name in _DTYPES]
     return found[-1] if found else "?"  # the operands come last: addmm's first is what is added
 

@@ -195,7 +195,7 @@ def _of_host(events: Sequence[Mapping[str, Any]], ranges: Sequence[Mapping[str, 
             total += own
             types = event.get("args", {}).get("Input type") or ()
             part = operator_part(_short(event), ancestors)
-            tally.add(_short(event), part, own, operand_format(types))
+            tally.add(_short(event), part, own, operand_format(types, _short(event)))
     return tally.breakdown(steps, "cpu", total)
 
 

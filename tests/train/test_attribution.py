@@ -108,7 +108,9 @@ def test_a_range_tells_what_a_name_cannot() -> None:
 
 
 def test_operators_of_a_cpu_are_known_and_views_are_the_hosts_own_time() -> None:
-    assert operator_part("aten::addmm") == operator_part("aten::_int_mm") == MATMUL
+    assert (
+        operator_part("aten::addmm") == operator_part("aten::_int_mm") == operator_part("scaled_int8_matmul") == MATMUL
+    )
     assert operator_part("mkldnn::_linear_pointwise") == MATMUL
     assert operator_part("aten::bmm", ["fewbits", "_ShortAttentionBackward"]) == ATTENTION_PART
     assert operator_part("aten::_scaled_dot_product_flash_attention_for_cpu") == ATTENTION_PART
@@ -125,3 +127,4 @@ def test_operators_of_a_cpu_are_known_and_views_are_the_hosts_own_time() -> None
 def test_the_format_of_a_cpu_matmul_is_that_of_its_operands() -> None:
     assert operand_format(["float", "c10::BFloat16", "c10::BFloat16", "Scalar"]) == "bf16"
     assert operand_format(["signed char", "signed char"]) == "int8" and operand_format(["Scalar"]) == "?"
+    assert operand_format([], "scaled_int8_matmul") == "int8"

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from fewbits.errors import FewbitsError
+from fewbits.kernels.dispatch import int8_product_execution
 from fewbits.ranges import PREFIX
 from fewbits.step import StepResult
 from fewbits.train.config import Config
@@ -74,3 +75,11 @@ def test_a_run_that_is_too_short_profiles_what_it_has(tiny: Make, tmp_path: Path
 def test_a_number_of_steps_below_0_is_refused(tiny: Make) -> None:
     with pytest.raises(FewbitsError, match="--profile -1"):
         train(tiny(), quiet=True, profile=-1)
+
+
+@pytest.mark.skipif(int8_product_execution().value != "kernel", reason=int8_product_execution().reason)
+def test_int8_products_of_our_own_kernel_count_as_matmuls_in_int8(tiny: Make, tmp_path: Path) -> None:
+    config = tiny(max_steps=6, warmup_steps=1, precision="int8", n_embd=128, n_head=2, context=64, batch_size=8)
+    train(config, quiet=True, profile=2)
+    found = _json(tmp_path / "run" / "profile.json")
+    assert found["matmul_formats"]["int8"] > 0
