@@ -116,9 +116,10 @@ class Attention(nn.Module):
         product = self.qkv(x) if codes is None else self.qkv(x, codes)
         heads = product.view(*x.shape[:-1], sum(counts), self.head_dim)
         q, k, v = heads.split(counts, dim=2)
-        kernel = attention_by_kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None)
-        if self.kv_heads == self.heads and kernel is not None:
-            return _Parts.apply(heads, counts)  # type: ignore[no-any-return, no-untyped-call]
+        if x.device.type == "cpu" and self.kv_heads == self.heads:
+            kernel = attention_by_kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None)
+            if kernel is not None:  # its gradients of q, k and v lie side by side
+                return _Parts.apply(heads, counts)  # type: ignore[no-any-return, no-untyped-call]
         return q, k, v
 
 

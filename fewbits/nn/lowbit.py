@@ -256,9 +256,8 @@ def beside(parts: Sequence[Tensor]) -> Tensor:
     copy."""
     first, width = parts[0], sum(part.shape[1] for part in parts)
     plain = all(type(part) is Tensor and part.shape[0] == first.shape[0] for part in parts)
-    if (
-        plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    ):  # the view is of the first part alone
+    # where gradients of gradients are wanted, a view would have the history of the first part alone
+    if plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         places = itertools.accumulate((part.shape[1] for part in parts[:-1]), initial=first.storage_offset())
         memory = first.untyped_storage().data_ptr()
         if all(
