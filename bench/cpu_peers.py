@@ -66,10 +66,10 @@ def main() -> None:
     a = parser.parse_args()
     names, sizes = split_values(a.cases), split_values(a.sizes)
     for what, given, known in (("case", names, CASES), ("size", sizes, SIZES)):
-        if not given or (unknown := [name for name in given if name not in known]):
-            parser.error(
-                f"there is no {what} {unknown[0]!r}; there are {', '.join(known)}" if given else f"--{what}s names none"
-            )
+        if not given:
+            parser.error(f"--{what}s names none")
+        if unknown := [name for name in given if name not in known]:
+            parser.error(f"there is no {what} {unknown[0]!r}; there are {', '.join(known)}")
     left_out = {name: reason for name in names if (reason := missing(name))}
     for name, reason in left_out.items():
         print(f"{name} is left out: {reason}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,3 +31,14 @@ def exact_gradients(function, *inputs: Tensor, grad: Tensor) -> tuple[Tensor, tu
     wide = [x.detach().double().requires_grad_() for x in inputs]
     y = function(*wide)
     return y.detach(), torch.autograd.grad(y, wide, grad.double())
+
+
+def assert_threads_do_not_show(results: Callable[[], Sequence[Tensor]], threads: int = 3) -> None:
+    """`results` under one thread and under several are the same bits."""
+    one = results()
+    torch.set_num_threads(threads)
+    try:
+        many = results()
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(one, many, strict=True))

@@ -17,16 +17,14 @@ from torch.autograd.function import once_differentiable
 from fewbits.choice import Choice
 from fewbits.kernels import cpp
 
-_FUNCTIONS = {"supported": "", "attention": "iipppppp", "attention_backward": "iipppppppppl"}
+_FUNCTIONS = {"attention": "iipppppp", "attention_backward": "iipppppppppl"}
 
 
 @cache
 def library() -> Choice:
     """Choice(the compiled library or None, why), settled for the life of the process."""
-    found = cpp.library("attention_cpu", _FUNCTIONS)
-    if found.value is not None and not found.value.supported():
-        return Choice(None, "this CPU has no instructions that multiply and add 8 numbers at once (AVX2 with FMA)")
-    return found
+    needs = "instructions that multiply and add 8 numbers at once (AVX2 with FMA)"
+    return cpp.library("attention_cpu", _FUNCTIONS, needs)
 
 
 def _call(function: str, format: torch.dtype, *arguments: Any) -> None:
@@ -72,9 +70,8 @@ class _Attention(torch.autograd.Function):
         q, k, v, mask, logs = ctx.saved_tensors
         B, H, T, d = q.shape
         grad = _side_by_side(grad)
-        parts = q.new_empty(B, T, 3, H, d).unbind(
-            2
-        )  # as the rows of one product lie: nobody needs to put them together
+        # as the rows of one product lie: nobody needs to put them together
+        parts = q.new_empty(B, T, 3, H, d).unbind(2)
         shape = _Shape.of(mask, q, k, v, grad)
         _call("attention_backward", q.dtype, ctypes.addressof(shape), q, k, v, grad, logs, *parts, 3 * H * d)
         grad_q, grad_k, grad_v = (part.transpose(1, 2) for part in parts)

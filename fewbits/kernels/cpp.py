@@ -46,11 +46,12 @@ def compiler() -> list[str]:
     return wanted if wanted and shutil.which(wanted[0]) else []
 
 
-def library(name: str, functions: Mapping[str, str]) -> Choice:
+def library(name: str, functions: Mapping[str, str], needs: str = "") -> Choice:
     """Choice(the loaded library of `name`.cpp, or None; why). Compiled once a cache; ask once a process.
 
     functions: the arguments of each function that is called, one letter each: i int, l long, f float, p pointer (an
-    address, or None). They return an int.
+    address, or None). They return an int. needs: the instructions that a library wants which is empty without them, and says
+    so by its function `supported`.
     """
     command = compiler()
     if not command:
@@ -67,6 +68,8 @@ def library(name: str, functions: Mapping[str, str]) -> Choice:
     loaded.use_launcher(_launcher())
     for function, letters in functions.items():
         getattr(loaded, function).argtypes = [_ARGUMENTS[letter] for letter in letters]
+    if needs and not loaded.supported():
+        return Choice(None, f"this CPU has no {needs}")
     return Choice(loaded, f"{name}.cpp, compiled by {command[0]}")
 
 

@@ -223,9 +223,9 @@ void multiply(int threads, const Codes& left, const Codes& right, const float* r
 
 EXPORT int supported() { return 1; }
 
-EXPORT void multiply(int threads, const int8_t* left, long M, long left_row, long left_column, const int8_t* right, long N,
-                     long right_row, long right_column, long K, const float* row_scale, const float* column_scale,
-                     const float* bias, int format, void* out) {
+EXPORT void scaled_int8_matmul(int threads, int format, const int8_t* left, long M, long left_row, long left_column,
+                               const int8_t* right, long N, long right_row, long right_column, long K,
+                               const float* row_scale, const float* column_scale, const float* bias, void* out) {
     const Codes a{left, M, K, left_row, left_column}, b{right, N, K, right_row, right_column};
     with_type(format, [&](auto* kind) {
         multiply(threads, a, b, row_scale, column_scale, bias, static_cast<decltype(kind)>(out));
@@ -233,5 +233,5 @@ EXPORT void multiply(int threads, const int8_t* left, long M, long left_row, lon
 }
 #else
 EXPORT int supported() { return 0; }
-EXPORT void multiply() {}
+EXPORT void scaled_int8_matmul() {}
 #endif

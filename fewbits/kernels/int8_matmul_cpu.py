@@ -14,18 +14,14 @@ from torch import Tensor
 
 from fewbits.choice import Choice
 from fewbits.kernels import cpp
-from fewbits.ranges import span
 
-_FUNCTIONS = {"supported": "", "multiply": "iplllpllllpppip"}
+_FUNCTIONS = {"scaled_int8_matmul": "iiplllpllllpppp"}
 
 
 @cache
 def library() -> Choice:
     """Choice(the compiled library or None, why), settled for the life of the process."""
-    found = cpp.library("int8_matmul_cpu", _FUNCTIONS)
-    if found.value is not None and not found.value.supported():
-        return Choice(None, "this CPU has no AVX-512 instructions that multiply int8 (avx512_vnni)")
-    return found
+    return cpp.library("int8_matmul_cpu", _FUNCTIONS, "AVX-512 instructions that multiply int8 (avx512_vnni)")
 
 
 def scaled_int8_matmul(
@@ -46,9 +42,6 @@ def scaled_int8_matmul(
     scales = row_scale_M.contiguous(), column_scale_N.contiguous()
     bias = None if bias_N is None else bias_N.float().contiguous()
     out = torch.empty(M, N, dtype=dtype)
-    with span("scaled_int8_matmul"):  # no operator of torch: a profiler would not see it
-        library().value.multiply(
-            torch.get_num_threads(), left_MK.data_ptr(), M, *left_MK.stride(), right_NK.data_ptr(), N, *right_NK.stride(),
-            K, *(x.data_ptr() for x in scales), None if bias is None else bias.data_ptr(), cpp.FORMATS[dtype], out.data_ptr(),
-        )  # fmt: skip
+    operands = left_MK, M, *left_MK.stride(), right_NK, N, *right_NK.stride(), K
+    cpp.call(library().value, "scaled_int8_matmul", dtype, *operands, *scales, bias, out)
     return out

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <vector>
 #if defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define SIXTEEN_AT_A_TIME
 #include <immintrin.h>
 #endif
 
@@ -159,7 +160,7 @@ inline uint8_t float_code(float x, uint32_t random, const Target& t, float ulps,
     return uint8_t(code | ((bits >> 24) & 0x80));
 }
 
-#if defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#ifdef SIXTEEN_AT_A_TIME
 inline __m512 load16(const float* x, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, x); }
 inline __m512 load16(const fp16* x, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x)); }
 inline __m512 load16(const bf16* x, __mmask16 mask) {
@@ -210,7 +211,7 @@ void integer_run(const T* x, long n, float one, const float* each, uint32_t inde
 template <class T, bool STOCHASTIC, bool EACH>
 void encode_run(const T* x, long n, float one, const float* each, uint32_t index, uint32_t step, const Target& t,
                 uint8_t* out) {
-#if defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#ifdef SIXTEEN_AT_A_TIME
     if (t.integer) return integer_run<T, STOCHASTIC, EACH>(x, n, one, each, index, step, t, out);
 #endif
     const float ulp = std::ldexp(1.0f, t.min_exponent - t.mantissa), ulps = 1.0f / ulp;

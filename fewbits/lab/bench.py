@@ -206,9 +206,7 @@ class _Session:
             ceilings = measure_ceilings(self.device, self.hardware)
             rates = ", ".join(f"{name} {rate / 1e12:.4g}" for name, rate in ceilings.matmul.items())
             self.watch.line(f"ceilings    copy {ceilings.copy / 1e9:,.4g} GB/s; matmul in TFLOP/s: {rates}")
-            few_bits = next(
-                (precision for precision in precisions if precision.recipe), None
-            )  # wants the largest multiples
+            few_bits = next((one for one in precisions if one.recipe), None)  # wants the largest multiples
             slow = slow_shapes(self.config.model, self.config.train.batch_size, self.device, few_bits)
             document = self._document(ceilings, left_out, [*notes, *slow])
             path = self.folder / "bench.json"

@@ -46,6 +46,13 @@ def _is_short(q: Tensor, k: Tensor) -> bool:
     return q.device.type == "cpu" and k.shape[2] == T and 4 * d >= T and not torch.compiler.is_compiling()
 
 
+def _repeated(k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, G, T, d] once for each of `heads`: themselves where G is that."""
+    if (times := heads // k.shape[1]) == 1:
+        return k, v
+    return k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """softmax(q k^T / sqrt(d)) v with fp32 scores, for q [B, H, T, d] and k, v [B, G, T, d] where G divides H; mask bool, true
     where a key counts, of a shape that broadcasts to [B, H, T, T], or None for causal.
@@ -53,21 +60,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
     The scores are scaled before they could overflow fp16: torch's fused kernels hold them in fp32, and its plain path
     scales q and k before it multiplies them. Where 16-bit matmuls are emulated, the inputs are widened.
     """
-    dtype, grouped = q.dtype, k.shape[1] != q.shape[1]
+    dtype = q.dtype
     if not dropout and (twin := attention_by_kernel(q, k, v, mask)) is not None:
-        if grouped:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return twin.attention(q, k, v, mask)  # type: ignore[no-any-return]
+        return twin.attention(q, *_repeated(k, v, q.shape[1]), mask)  # type: ignore[no-any-return]
     name = FORMAT_OF.get(dtype)
     emulate = name is not None and emulated(name, q.device.type)
     if emulate:
         q, k, v = q.float(), k.float(), v.float()
     if q.dtype == torch.bfloat16 and not dropout and _is_short(q, k):
-        if grouped:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return short_attention(q, k, v, mask, native_bf16=True, softmax=fused(q))
+        return short_attention(q, *_repeated(k, v, q.shape[1]), mask, native_bf16=True, softmax=fused(q))
     y = nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, enable_gqa=grouped
+        q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, enable_gqa=k.shape[1] != q.shape[1]
     )
     return y.to(dtype)
 

@@ -150,12 +150,10 @@ def multiplied(kernel: str) -> Multiplied:
 
 
 def operand_format(dtypes: Iterable[str], name: str = "") -> str:
-    """The format of a CPU matmul by the dtypes of its inputs as a profiler writes them, or by its name where it is C++ of
-    ours, whose inputs no profiler sees; "?" where none is known."""
-    if name == "scaled_int8_matmul":
-        return "int8"
+    """The format of a CPU matmul by the dtypes of its inputs as a profiler writes them, else by its name (C++ of ours, whose
+    inputs no profiler sees); "?" where neither says."""
     found = [_DTYPES[name] for name in dtypes if name in _DTYPES]
-    return found[-1] if found else "?"  # the operands come last: addmm's first is what is added
+    return found[-1] if found else multiplied(name).format  # the operands come last: addmm's first is what is added
 
 
 _NOT_SAID = Multiplied("?", None)

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rounded_once import DTYPES, FP32, assert_close, exact_gradients
+from rounded_once import DTYPES, FP32, assert_close, assert_threads_do_not_show, exact_gradients
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from fewbits.choice import Choice
 from fewbits.kernels import attention_cpu, dispatch
 from fewbits.nn.attention import Attention, attend
 from fewbits.numerics import attention
@@ -77,13 +78,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
         y.sum().backward()
         return [y.detach(), q.grad]
 
-    one = all_of_it()
-    torch.set_num_threads(3)
-    try:
-        many = all_of_it()
-    finally:
-        torch.set_num_threads(1)
-    assert all(torch.equal(a, b) for a, b in zip(one, many, strict=True))
+    assert_threads_do_not_show(all_of_it)
 
 
 def test_a_query_that_may_see_nothing_has_zeros_and_no_gradient():
@@ -138,6 +133,17 @@ def test_what_does_not_fit_the_kernel_stays_with_operators():
     short, long = torch.randn(1, 1, 127, 8), torch.empty(1, 1, dispatch.LONGEST + 1, 8)
     assert taken(short, short, short, None) is None is taken(long, long, long, None)
     assert torch.func.grad(lambda x: attend(x, q, q, None, 0.0).sum())(q).shape == q.shape
+
+
+def test_a_cpu_without_the_instructions_or_threads_keeps_operators_and_says_why(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(dispatch, "_choices", {})
+    monkeypatch.setattr(dispatch.cpp, "spreads", lambda: False)
+    assert "OpenMP" in dispatch.attention_execution(cpu, torch.float32).reason
+    monkeypatch.setattr(dispatch, "_choices", {})
+    monkeypatch.setattr(attention_cpu, "library", lambda: Choice(None, "this CPU has no FMA"))
+    found = dispatch.attention_execution(cpu, torch.float32)
+    assert (found.value, found.reason) == ("operators", "this CPU has no FMA")
 
 
 def test_an_empty_batch_has_empty_gradients():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from rounded_once import DTYPES, FP32, assert_close, exact_gradients
+from rounded_once import DTYPES, FP32, assert_close, assert_threads_do_not_show, exact_gradients
 from torch import Tensor
 
 from fewbits.kernels import dispatch, fused_cpu
@@ -139,13 +139,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
         )
         return [y.detach(), x.grad, weight.grad, bias.grad, *parts, fused_cpu.column_sums(y.detach())]
 
-    one = all_of_it()
-    torch.set_num_threads(3)
-    try:
-        many = all_of_it()
-    finally:
-        torch.set_num_threads(1)
-    assert all(torch.equal(a, b) for a, b in zip(one, many, strict=True))
+    assert_threads_do_not_show(all_of_it)
 
 
 def test_the_twins_run_in_eager_code_on_a_cpu_and_say_why():

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rounded_once import assert_threads_do_not_show
 from torch import Tensor
 
 from fewbits.kernels import dispatch, matmul
@@ -66,15 +67,7 @@ def test_extremes_do_not_saturate_and_what_is_not_finite_stays_so():
 def test_the_number_of_threads_does_not_show():
     left, right = codes(300, 200, "rows"), codes(170, 200, "columns")
     given = (left, right, torch.rand(300), torch.rand(170), None, torch.bfloat16)
-    before = torch.get_num_threads()
-    try:
-        found = []
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            found.append(kernel.scaled_int8_matmul(*given))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(*found)
+    assert_threads_do_not_show(lambda: [kernel.scaled_int8_matmul(*given)], threads=2)
 
 
 @without_kernel

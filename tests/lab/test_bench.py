@@ -94,7 +94,9 @@ def test_mistakes_are_refused_before_anything_is_measured(small: Config, tmp_pat
 
 def test_what_runs_natively_is_asked_of_the_hardware() -> None:
     names, left_out = native_precisions(H100)
-    assert {"fp32", "tf32", "bf16-mixed", "fp16-mixed", "fp8", "fp8-delayed, head=fp8", "fp8-row"} <= set(names)
+    assert {"fp32", "tf32", "bf16-mixed", "fp16-mixed", "fp8", "fp8-delayed, head=fp8", "fp8-row", "fp8-block"} <= set(
+        names
+    )
     assert set(left_out) == {"mxfp8", "nvfp4"} and all(left_out.values())
     old, refused = native_precisions(Hardware("cuda", "Tesla V100", (7, 0)))
     assert "bf16-mixed" in refused and "fp16-mixed" in old
