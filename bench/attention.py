@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(ROOT))
 
-from fewbits.nn.attention import document_mask
+from fewbits.nn.documents import block_mask, document_mask
 from fewbits.nn.timing import clock
 
 WORKS = {  # B, query heads, key heads, T, d
@@ -96,16 +96,10 @@ def packed(
 def flex(
     documents_BT: Tensor | None, B: int, T: int, device: torch.device
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    """Flex attention with our blocks."""
+    from torch.nn.attention.flex_attention import flex_attention
 
-    def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return i >= j
-
-    def within(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (i >= j) & (documents_BT[b, i] == documents_BT[b, j])  # type: ignore[index]
-
-    alone = documents_BT is None
-    mask = create_block_mask(causal if alone else within, None if alone else B, None, T, T, device=device)  # type: ignore[arg-type]
+    mask = block_mask(torch.zeros(B, T, dtype=torch.int32, device=device) if documents_BT is None else documents_BT)
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -5,7 +5,9 @@
 
 A case is overrides of the recipe, separated by commas, and cases by semicolons; `+` stands for the comma inside of a precision.
 `compile=no|blocks|auto` says how much of the model is compiled at once, `split=no` puts the gradients of q, k and v side by
-side. Whole steps (forward, backward, clipping, AdamW with exact master weights) on random tokens that lie on the device.
+side. `documents=N` cuts windows into documents of N tokens on average, which do not see each other; `mask=pairs` tells it pair
+by pair also where blocks would do. Whole steps (forward, backward, clipping, AdamW with exact master weights)
+on random tokens that lie on the device.
 `--profile N` adds the N kernels that take the longest.
 """
 
@@ -23,15 +25,18 @@ from typing import Any
 import torch
 from blocks import changed, header
 
+from fewbits.nn.documents import document_mask
 from fewbits.precision.precision import Precision
 from fewbits.train.build import build_step
 from fewbits.train.config import load_recipe
+
+OWN = ("compile=", "split=", "documents=", "mask=")
 
 
 def build(recipe: str, case: str, device: torch.device) -> tuple[Any, int]:
     """A step with its batch, as something to call, and the tokens in one call."""
     pairs = [pair.strip() for pair in case.split(",")]
-    own = dict(pair.split("=") for pair in pairs if pair.startswith(("compile=", "split=")))
+    own = dict(pair.split("=") for pair in pairs if pair.startswith(OWN))
     compile, split = own.get("compile", "auto"), own.get("split", "yes")
     overrides = ",".join(pair for pair in pairs if pair.partition("=")[0] not in own)
     config = changed(load_recipe(recipe), overrides).check()
@@ -41,10 +46,14 @@ def build(recipe: str, case: str, device: torch.device) -> tuple[Any, int]:
     if split == "no":
         for block in model.blocks:
             block.attention.qkv.splits = lambda _: False
+    if own.get("mask") == "pairs":
+        model._mask = lambda documents, _: document_mask(documents)
     batch, parts = config.train.batch_size, config.train.micro_batches
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.model.vocab_size, (batch, config.model.context + 1), generator=generator).to(device)
     whole = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+    if length := int(own.get("documents", 0)):
+        whole |= packed(whole["input_ids"].shape, length, device)
     pieces = {key: value.chunk(parts) for key, value in whole.items()}
     micro_batches = [{key: pieces[key][i].contiguous() for key in pieces} for i in range(parts)]
 
@@ -53,6 +62,15 @@ def build(recipe: str, case: str, device: torch.device) -> tuple[Any, int]:
 
     take.step = step  # type: ignore[attr-defined]
     return take, batch * config.model.context
+
+
+def packed(shape: tuple[int, int], length: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Documents and positions [B, T] of windows that were cut from documents of `length` tokens on average (exponential)."""
+    begins = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 1 / length
+    begins[:, 0] = True
+    places = torch.arange(shape[1]).expand(shape)
+    positions = places - torch.where(begins, places, 0).cummax(1).values
+    return {"documents": begins.cumsum(1).to(device, torch.int32), "positions": positions.contiguous().to(device)}
 
 
 def wait(device: torch.device) -> None:

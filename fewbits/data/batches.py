@@ -94,6 +94,16 @@ class Batches:
         """Tokens of the stream: what endless training would see, again and again."""
         return len(self.tokens)
 
+    @property
+    def visible_context(self) -> float:
+        """Tokens of causal context that cost attention as much as these windows do: the mean of a token's document in its
+        window, where documents do not see each other (of an epoch that begins with the first token)."""
+        if not self.mask_documents:
+            return float(self.context)
+        end = self.windows * self.context
+        edges = np.union1d(np.arange(0, end + 1, self.context), self.offsets[self.offsets < end])
+        return float(np.square(np.diff(edges)).sum() / end)
+
     def tokens_seen(self, batches: int) -> int:
         """How many different tokens the first `batches` batches predict (an estimate from the first epoch on)."""
         return min(batches * self.batch_size * self.context, len(self.tokens))

@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -36,6 +37,7 @@ FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ARGUMENTS = {"i": ctypes.c_int, "l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
 _HEADERS = ("elements.hpp", "memory.hpp", "parallel.hpp", "reductions.hpp")
 _HERE = Path(__file__).parent
+_compiling_s = 0.0
 
 
 def compiler() -> list[str]:
@@ -88,6 +90,11 @@ def spreads() -> bool:
     return _launcher() is not None
 
 
+def compiling_s() -> float:
+    """Seconds that this process has waited for a C++ compiler."""
+    return _compiling_s
+
+
 def _built(name: str, command: list[str]) -> Path:
     """The path of the compiled library, compiled now where the cache does not have it."""
     sources = [(_HERE / file).read_bytes() for file in (*_HEADERS, f"{name}.cpp")]
@@ -98,7 +105,9 @@ def _built(name: str, command: list[str]) -> Path:
     path = folder / f"{name}-{key}.so"
     if path.exists():
         return path
+    global _compiling_s
     folder.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
     handle, unfinished = tempfile.mkstemp(".tmp", path.stem, folder)
     os.close(handle)
     try:
@@ -109,6 +118,7 @@ def _built(name: str, command: list[str]) -> Path:
         os.replace(unfinished, path)
     finally:
         Path(unfinished).unlink(missing_ok=True)
+        _compiling_s += time.perf_counter() - began
     return path
 
 

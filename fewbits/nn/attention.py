@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from fewbits.kernels.dispatch import attention_by_kernel, emulated, fused
+from fewbits.nn.documents import Mask
 from fewbits.nn.linear import FORMAT_OF, Linear
 from fewbits.nn.lowbit import Codes, beside
 from fewbits.nn.norm import RMSNorm
@@ -32,14 +34,6 @@ def rotate(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     return (wide * cos_TD + torch.cat((-high, low), dim=-1) * sin_TD).to(x_BHTD.dtype)
 
 
-def document_mask(documents_BT: Tensor) -> Tensor:
-    """Boolean [B, 1, T, T]: true where the key is not later than the query and in the same document."""
-    T = documents_BT.shape[1]
-    causal_TT = torch.ones(T, T, dtype=torch.bool, device=documents_BT.device).tril()
-    same_BTT = documents_BT.unsqueeze(2) == documents_BT.unsqueeze(1)
-    return (same_BTT & causal_TT).unsqueeze(1)
-
-
 def _is_short(q: Tensor, k: Tensor) -> bool:
     """Whether the probabilities of all heads are few enough to keep, in eager code on a CPU."""
     T, d = q.shape[2:]
@@ -53,13 +47,15 @@ def _repeated(k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     return k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v with fp32 scores, for q [B, H, T, d] and k, v [B, G, T, d] where G divides H; mask bool, true
-    where a key counts, of a shape that broadcasts to [B, H, T, T], or None for causal.
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v with fp32 scores, for q [B, H, T, d] and k, v [B, G, T, d] where G divides H. Blocks as a mask
+    go without dropout, and into compiled code on CUDA.
 
     The scores are scaled before they could overflow fp16: torch's fused kernels hold them in fp32, and its plain path
     scales q and k before it multiplies them. Where 16-bit matmuls are emulated, the inputs are widened.
     """
+    if isinstance(mask, BlockMask):
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
     dtype = q.dtype
     if not dropout and (twin := attention_by_kernel(q, k, v, mask)) is not None:
         return twin.attention(q, *_repeated(k, v, q.shape[1]), mask)  # type: ignore[no-any-return]
@@ -91,7 +87,7 @@ class Attention(nn.Module):
         return self.qkv if type(self.qkv) is Linear and self.qkv.takes_codes() else None
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, codes: Codes | None = None
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Mask, codes: Codes | None = None
     ) -> Tensor:
         """x [B, T, D] -> [B, T, D]; rotary: cosines and sines that broadcast to [B, H, T, d]; mask as `attend` takes it; codes:
         those of x for the `reader`."""

@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from fewbits.errors import FewbitsError
 from fewbits.kernels.dispatch import emulated, fused, norm_execution
-from fewbits.nn.attention import Attention, document_mask, rotary_table
+from fewbits.nn.attention import Attention, rotary_table
+from fewbits.nn.documents import Mask, block_mask, document_mask, fits_blocks
 from fewbits.nn.embedding import Embedding
 from fewbits.nn.head import compiled_pieces, loss_sum
 from fewbits.nn.linear import FORMAT_OF, Linear, linear, unheard
@@ -133,7 +135,7 @@ class ModelConfig:
         ends = self.vocab_size * D * (1 if self.tied else 2) + (self.context * D if self.positions == "learned" else 0)
         return L * (2 * norm + attention + mlp) + norm + ends
 
-    def flops_per_token(self, context: int | None = None, causal: bool = True) -> int:
+    def flops_per_token(self, context: float | None = None, causal: bool = True) -> int:
         """Model FLOPs of forward and backward for one token: 6 N + 6 L D T.
 
         N counts the weights that are multiplied (every matrix, the head once, no look-ups); the second term is causal
@@ -145,7 +147,7 @@ class ModelConfig:
         qkv = (self.n_head + 2 * self.kv_heads) * self.head_dim
         up = 2 if self.activation == "swiglu" else 1
         N = self.n_layer * (D * qkv + D * D + (up + 1) * D * self.ff) + self.vocab_size * D
-        return 6 * N + (6 if causal else 12) * self.n_layer * D * T
+        return 6 * N + round((6 if causal else 12) * self.n_layer * D * T)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ModelConfig:
@@ -214,17 +216,17 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Mask) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
         x, branch = self.opened(x, rotary, mask)
         return x + branch
 
-    def opened(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def opened(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Mask) -> tuple[Tensor, Tensor]:
         """The block of x as two, [B, T, D] each, that are still to be added: by who comes next, who has the sum in its norm."""
         return self._branches(x, self.norm1(x), rotary, mask)
 
     def join(
-        self, x: Tensor, branch: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None
+        self, x: Tensor, branch: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Mask
     ) -> tuple[Tensor, Tensor]:
         """`opened` of x + branch."""
         x, (normal,), codes = joined(self.norm1, x, branch, reader=_reader(self.attention))
@@ -235,7 +237,7 @@ class Block(nn.Module):
         x: Tensor,
         normal: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None,
+        mask: Mask,
         codes: Codes | None = None,
     ) -> tuple[Tensor, Tensor]:
         branch = self._drop(self.attention(normal, rotary, mask, **_coded(codes)))
@@ -248,12 +250,12 @@ class Block(nn.Module):
         return nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
-def _train_block(block: Block, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
+def _train_block(block: Block, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Mask) -> Tensor:
     return block(x, rotary, mask)  # type: ignore[no-any-return]
 
 
 def _train_joining(
-    block: Block, x: Tensor, branch: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None
+    block: Block, x: Tensor, branch: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Mask
 ) -> tuple[Tensor, Tensor]:
     return block.join(x, branch, rotary, mask)
 
@@ -275,7 +277,7 @@ def _train_stack(
     norm: LayerNorm | RMSNorm,
     x: Tensor,
     rotary: tuple[Tensor, Tensor] | None,
-    mask: Tensor | None,
+    mask: Mask,
 ) -> Tensor:
     first, *others = blocks
     x, branch = first.opened(x, rotary, mask)  # type: ignore[operator]
@@ -288,7 +290,7 @@ def _train_norm(norm: LayerNorm | RMSNorm, x: Tensor, branch: Tensor | None = No
     return norm(x) if branch is None else joined(norm, x, branch)[1][0]
 
 
-def _evaluate_block(block: Block, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
+def _evaluate_block(block: Block, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Mask) -> Tensor:
     return block(x, rotary, mask)  # type: ignore[no-any-return]
 
 
@@ -388,7 +390,7 @@ class Transformer(nn.Module):
         if self.config.dropout:
             x = nn.functional.dropout(x, self.config.dropout, self.training)
         rotary = self._rotary(T, positions)
-        mask = None if documents is None else document_mask(documents)
+        mask = None if documents is None else self._mask(documents, x.dtype)
         # who listens to a block hears its sum, and a block that was put in place of one of ours makes it itself
         joining = self.training and all(type(block) is Block and unheard(block) for block in self.blocks)
         if joining and self._run_stack is not None:
@@ -404,6 +406,13 @@ class Transformer(nn.Module):
             with span(BLOCK, number):
                 x = run(block, x, rotary, mask)
         return (self._run_norm if self.training else _train_norm)(self.norm, x)
+
+    def _mask(self, documents: Tensor, dtype: torch.dtype) -> Tensor | BlockMask:
+        """What attention is told about documents [B, T]: blocks where compiled code on a GPU trains, else every pair."""
+        compiled = self.training and self._run_joining is not None and documents.is_cuda
+        if compiled and not self.config.dropout and fits_blocks(self.config.head_dim, documents.shape[1], dtype):
+            return block_mask(documents)
+        return document_mask(documents)
 
     def _rotary(self, T: int, positions: Tensor | None) -> tuple[Tensor, Tensor] | None:
         if self.rotary_cos is None or self.rotary_sin is None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fewbits.data.cache import cache_folder
+from fewbits.kernels.cpp import compiling_s
 from fewbits.optim.engine import is_compiler_failure
 from fewbits.precision.hardware import cpu_name
 
@@ -34,43 +38,83 @@ def keep_compiled_code(cache: str | None = None) -> Path:
 
 
 class CompileClock:
-    """Seconds that torch's compiler worked while the clock was running: `with CompileClock() as clock: ...`.
+    """Seconds that compilers worked while the clock was running: `with CompileClock() as clock: ...`.
 
-    Counted by the compiler's own callbacks, around every graph and every backward that is compiled late.
+    torch's by its own callbacks, around every graph and every backward that is compiled late; Triton's by its listener, for
+    kernels of ours that no graph of torch's brings along; and that of our C++.
     """
 
     def __init__(self) -> None:
-        self.seconds = 0.0
-        self._taken = 0.0
-        self._since = 0.0
-        self._handler: Any = None
+        self._seconds, self._taken = 0.0, 0.0
+        self._since: float | None = None
+        self._cpp_s = 0.0
+        self._stack = ExitStack()
+
+    @property
+    def seconds(self) -> float:
+        """All of them so far."""
+        self._count_cpp()
+        return self._seconds
 
     def __enter__(self) -> CompileClock:
+        self._cpp_s = compiling_s()
+        self._stack.callback(self._count_cpp)
         try:
             from torch._dynamo.callback import callback_handler
         except ImportError:  # another version of torch: the time stays in the first step
             return self
-        self._handler = callback_handler
         callback_handler.register_start_callback(self._begin)
+        self._stack.callback(callback_handler.remove_start_callback, self._begin)
         callback_handler.register_end_callback(self._end)
+        self._stack.callback(callback_handler.remove_end_callback, self._end)
+        if torch.cuda.is_available():
+            self._stack.enter_context(self._listening_to_triton())
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._handler is not None:
-            self._handler.remove_start_callback(self._begin)
-            self._handler.remove_end_callback(self._end)
-            self._handler = None
+        self._stack.close()
+        self._cpp_s = math.inf
 
     def take(self) -> float:
         """Seconds since the last `take`."""
-        new, self._taken = self.seconds - self._taken, self.seconds
+        seconds = self.seconds
+        new, self._taken = seconds - self._taken, seconds
         return new
 
     def _begin(self, *_: object) -> None:
+        self._count_cpp()
         self._since = time.perf_counter()
 
     def _end(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._since
+        if self._since is not None:
+            self._seconds += time.perf_counter() - self._since
+            self._since, self._cpp_s = None, compiling_s()  # C++ that was built meanwhile is in that time
+
+    def _count_cpp(self) -> None:
+        if self._since is None and (new := compiling_s() - self._cpp_s) > 0:
+            self._seconds += new
+            self._cpp_s += new
+
+    @contextmanager
+    def _listening_to_triton(self) -> Iterator[None]:
+        try:
+            from triton import knobs
+        except ImportError:  # none is here, or an old one without them
+            yield
+            return
+        before = knobs.compilation.listener
+
+        def listen(*args: Any, times: Any, **kwargs: Any) -> None:
+            if self._since is None:  # else torch's time has it already
+                self._seconds += times.total / 1e6  # microseconds
+            if before is not None:
+                before(*args, times=times, **kwargs)
+
+        knobs.compilation.listener = listen
+        try:
+            yield
+        finally:
+            knobs.compilation.listener = before
 
 
 def compiler_failure(error: BaseException | None) -> str:

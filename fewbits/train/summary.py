@@ -55,7 +55,9 @@ def introduce(
     for number, sentence in enumerate(slow_shapes(model, parallel, training.device, training.precision)):
         display.fact("slow shapes" if number == 0 else "", sentence)
     known = f"the peak is {peak / 1e12:,.0f} TFLOP/s" if peak else "the peak of this device is not known: null"
-    display.fact("mfu", f"{FORMULA}; {known}")
+    seen, context = training.batches.visible_context, config.model.context
+    within = f", {seen:,.0f} of {context:,} within documents" if seen < context else ""
+    display.fact("mfu", f"{FORMULA}{within}; {known}")
     display.table(table, indent=27)
 
 
@@ -101,7 +103,7 @@ def summarize(run: Run, status: str, reason: str) -> dict[str, Any]:
         "peak_flops": run.peak,
         "wall_s": wall,
         "setup_s": run.setup_s,
-        "compile_s": run.clock.seconds if training.choices.compile.value else None,
+        "compile_s": run.clock.seconds if run.clock.seconds or training.choices.compile.value else None,
         "peak_memory_bytes": run.meter.peak(),
         "memory": run.meter.roles(),
         "resident_bytes": resident_bytes(),

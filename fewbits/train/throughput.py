@@ -16,6 +16,7 @@ from fewbits.precision.hardware import describe, native_matmul, peak_flops
 from fewbits.precision.precision import Precision
 
 FORMULA = "6 N + 6 L D T FLOPs a token: N multiplied weights, L layers, D wide, T tokens of causal context"
+"""Where documents do not see each other, T is the mean of what a token may see of its window (`Batches.visible_context`)."""
 
 
 def running_format(precision: Precision, device: torch.device) -> Format:

@@ -20,6 +20,7 @@ from fewbits.checkpoint.save import save_checkpoint
 from fewbits.data.batches import eval_batches
 from fewbits.data.ratios import compression_baseline
 from fewbits.errors import FewbitsError
+from fewbits.places import cache_root
 from fewbits.precision.switches import torch_switches
 from fewbits.step import StepResult
 from fewbits.train.begin import eager_again, fresh, resumed
@@ -128,7 +129,7 @@ class Run:
         self.evaluation: dict[str, Any] = before.get("evaluation") or {}
         self.saved: Path | None = None if checkpoint is None else checkpoint.path
         self.peak = device_peak(training.running_precision, training.device)
-        self.flops = self.config.model.flops_per_token(self.config.model.context)
+        self.flops = self.config.model.flops_per_token(training.batches.visible_context)
         report = getattr(training.model, "fewbits_report", None)
         self.table = training.precision.table(report, training.device)
         self.began = time.perf_counter()
@@ -207,6 +208,7 @@ class Run:
         apart = profiled or (measure and self.config.train.log_every > 1 and self.unlogged_steps > 0)
         if apart:
             self.watch.pause()
+        self.clock.take()  # what was compiled since the last step was not in anybody's time
         result = self._execute(measure, profiled)
         if (compiled := self.clock.take()) and not apart:
             self.watch.leave_out(compiled)
@@ -304,7 +306,8 @@ class Run:
         self.last = entry
         self.record.metrics(entry)
         if self.clock.seconds and one.number == self.first + 1:
-            kept = keep_compiled_code(self.config.data.cache)
+            whole = self.training.choices.compile.value  # else kernels of our own alone
+            kept = keep_compiled_code(self.config.data.cache) if whole else cache_root()
             self.display.fact("compiled", f"in {self.clock.seconds:.1f} s, not in the steps' times; kept in {kept}")
         self.display.step(entry)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fewbits.data.batches import Batches, _keys, eval_batches, permute
+from fewbits.data.batches import Batches, _keys, document_ids, eval_batches, permute
 from fewbits.errors import FewbitsError
 
 ONE_DOCUMENT = np.zeros(1, dtype=np.int64)
@@ -164,6 +164,15 @@ def test_with_a_separator_the_end_of_each_document_is_learned() -> None:
 
 def test_without_masks_a_batch_has_no_documents() -> None:
     assert Batches(_stream(100), np.array([0, 7]), 2, 10, seed=0).batch(0).keys() == {"input_ids", "labels"}
+
+
+def test_the_visible_context_counts_the_pairs_that_the_masks_let_through() -> None:
+    offsets = np.array([0, 7, 20, 31, 32, 64, 90])
+    batches = Batches(_stream(97), offsets, 1, 16, 0, mask_documents=True)
+    documents, _ = document_ids(offsets, np.arange(batches.windows) * 16, 16)
+    pairs = int((documents[:, :, None] == documents[:, None]).sum())  # both halves, as in 6 L D T
+    assert batches.visible_context == pairs / documents.size < 16
+    assert Batches(_stream(97), offsets, 1, 16, 0).visible_context == 16
 
 
 def test_tokens_and_epochs_are_counted() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fewbits.nn.attention import attend, document_mask
+from fewbits.nn.attention import attend
+from fewbits.nn.documents import document_mask
 from fewbits.numerics import attention
 from fewbits.numerics.attention import short_attention
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from fewbits.choice import Choice
 from fewbits.errors import FewbitsError
+from fewbits.kernels import cpp
 from fewbits.nn.transformer import Transformer
 from fewbits.train import begin
 from fewbits.train.choices import Choices
@@ -47,6 +49,36 @@ def test_the_clock_counts_the_compiler_and_stops_listening(monkeypatch: pytest.M
         assert clock.seconds > 0 and clock.take() == clock.seconds and clock.take() == 0.0
     before = clock.seconds
     torch.compile(lambda x: x + 2, backend="eager")(torch.ones(2))
+    assert clock.seconds == before
+
+
+def test_the_clock_counts_our_own_cpp_once_and_only_while_it_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if not cpp.compiler():
+        pytest.skip("no C++ compiler")
+    torch._dynamo.reset()
+
+    def build(x: torch.Tensor, name: str) -> torch.Tensor:
+        monkeypatch.setattr(cpp, "cache_root", lambda: tmp_path / name)
+        cpp.library("update_cpu", {})
+        return x
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        build(inputs[0], "inside")
+        return graph
+
+    build(torch.ones(2), "before")
+    with CompileClock() as clock:
+        began, built = time.perf_counter(), cpp.compiling_s()
+        build(torch.ones(2), "within")
+        assert clock.seconds == cpp.compiling_s() - built > 0
+        build(torch.ones(2), "within")
+        assert clock.seconds == cpp.compiling_s() - built
+        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+        assert cpp.compiling_s() - built <= clock.seconds <= time.perf_counter() - began
+    before = clock.seconds
+    build(torch.ones(2), "after")
     assert clock.seconds == before
 
 
