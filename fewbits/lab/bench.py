@@ -148,6 +148,10 @@ def bench_config(config: Config, device: torch.device) -> tuple[Config, list[str
             f"The step is one of the recipe's {train.micro_batches} micro-batches, with an update of its own: the optimizer "
             f"takes {train.micro_batches} times its share."
         )
+    if config.data.mask_documents:
+        notes.append(
+            "A window is one document here: how many share one, which attention then skips, is up to the text."
+        )
     per_row = config.model.flops_per_token() * config.model.context
     if device.type == "cpu" and rows * per_row > LARGEST_CPU_STEP:
         fewer = max(1, int(LARGEST_CPU_STEP / per_row))

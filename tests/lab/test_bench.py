@@ -107,6 +107,8 @@ def test_a_step_is_one_micro_batch_and_smaller_where_a_cpu_would_take_minutes() 
     assert config.train.batch_size == 32 and config.train.micro_batches == 1 and len(notes) == 1
     config, notes = bench_config(load_recipe("gpt2-124m"), torch.device("cpu"))
     assert config.train.batch_size == 1 and "1 of 32 sequences" in notes[1]
+    _, notes = bench_config(load_recipe("llama-1b"), torch.device("cuda"))
+    assert any("one document" in note for note in notes)  # the recipe masks documents, the bench has none
 
 
 def test_parts_on_cuda_keep_their_time_and_the_gap_is_the_rest() -> None:
