@@ -11,7 +11,7 @@ import torch
 
 import fewbits
 from fewbits import Choice, ModelConfig, Precision, Transformer
-from fewbits.nn import block_timing
+from fewbits.nn import block_timing, transformer
 from fewbits.nn.block_timing import BlockTimer, block_step, prepared, size
 from fewbits.nn.candidates import BF16, Shape, candidates, shapes
 from fewbits.nn.layers import MARGIN, InBlocks, LayerGroup, Layers, settle_in_blocks
@@ -197,13 +197,19 @@ def stack_of(recipe: str, config: ModelConfig = GPT, keep: tuple[str, ...] = (),
 
 
 @pytest.mark.parametrize(("recipe", "config"), [("fp8-delayed", GPT), ("int8", LLAMA)])
-def test_the_timer_times_both_ways_and_draws_nothing_from_torchs_generator(recipe: str, config: ModelConfig) -> None:
+def test_the_timer_times_both_ways_and_draws_nothing_from_torchs_generator(
+    recipe: str, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Mapping[str, str]] = []
+    monkeypatch.setattr(block_timing, "prepared", lambda *way: (given.append(way[1]), prepared(*way))[1])
     before = torch.get_rng_state()
     config = dataclasses.replace(config, dropout=0.1)
     timer = BlockTimer(LayerTimer(CPU, micro_batches=2, rounds=LEAST_ROUNDS, hopeless=9.0))
-    times = timer(stack_of(recipe, config, ("blocks.2.norm1=fp32",)))
+    stack = stack_of(recipe, config, ("blocks.2.norm1=fp32",))
+    times = timer(stack)
     assert torch.equal(torch.get_rng_state(), before)
     assert sorted(times) == [PICKED, WHOLE]
+    assert given == [dict(stack.picks), dict.fromkeys(dict(stack.picks), str(RECIPES[recipe]))]
     assert all(len(found) == LEAST_ROUNDS and min(found) > 0 for found in times.values())
 
 
@@ -256,9 +262,7 @@ def test_a_step_of_a_stack_is_that_of_a_training_and_leads_histories_on() -> Non
     )
 
 
-def test_a_compiled_stack_has_code_of_its_own_and_one_graph_only_where_the_model_would(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_compiled_stack_has_code_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: (compiled.append(function), function)[1])
     stack = stack_of("fp8")
@@ -267,13 +271,27 @@ def test_a_compiled_stack_has_code_of_its_own_and_one_graph_only_where_the_model
     names = [function.__code__.co_name for function in compiled if function.__name__.startswith("_train")]
     assert len(set(names)) == len(names) == 4
     assert all(name.startswith(("_train_block_", "_train_joining_")) for name in names)
-    monkeypatch.setattr(
-        Transformer, "head_weight", property(lambda _: torch.nn.Parameter(torch.empty(0)).as_subclass(OnGPU))
-    )
-    for at_once in (False, True, None):
-        model = Transformer(GPT)
-        model.compile_blocks(at_once=at_once)
-        assert (model._run_stack is not None) == (at_once is not False)
+    compiled.clear()
+    Transformer(GPT).compile_blocks()
+    assert compiled[:2] == [transformer._train_block, transformer._train_joining], "models of a training share theirs"
+
+
+def test_a_compiled_stack_in_bf16_is_one_graph_where_the_model_would_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    on_gpu = torch.nn.Parameter(torch.empty(0)).as_subclass(OnGPU)  # type: ignore[arg-type]
+    monkeypatch.setattr(Transformer, "head_weight", property(lambda _: on_gpu))
+    bf16 = dict.fromkeys(EVERY, BF16)
+    for depth, values, whole in (
+        (3, bf16, True),
+        (13, bf16, False),
+        (3, bf16 | {"mlp.up": str(RECIPES["fp8"])}, False),
+    ):
+        stack = stack_of("fp8", dataclasses.replace(GPT, n_layer=depth))
+        assert (prepared(stack, values, CPU, "compiled")._run_stack is not None) == whole
+    for depth, whole in ((12, True), (13, False)):
+        model = Transformer(dataclasses.replace(GPT, n_layer=depth))
+        model.compile_blocks()
+        assert (model._run_stack is not None) == whole
 
 
 class OnGPU(torch.nn.Parameter):

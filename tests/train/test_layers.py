@@ -121,16 +121,16 @@ def chosen(
 
 def test_blocks_are_timed_once_for_each_kind_and_not_when_they_are_in_the_cache(tmp_path: Path) -> None:
     blocks = BlockClock()
-    first, shown = chosen(tmp_path, blocks=blocks, keep=iter(["blocks.0.mlp"]))
-    assert [len(stack.picks) for stack in blocks.asked] == [2, 4]
+    first, shown = chosen(tmp_path, blocks=blocks, keep=iter(["blocks.0.mlp", "blocks.1.norm1=fp32"]))
+    assert [(len(stack.picks), len(stack.formats)) for stack in blocks.asked] == [(2, 0), (4, 1)]
     assert {choice.value for choice in first.values()} == {str(RECIPES["fp8"])}
     assert shown == [
         *((i, 4, "timing linear layers") for i in range(5)),
         *((i, 2, "timing whole blocks") for i in range(3)),
     ]
-    assert chosen(tmp_path, blocks=blocks, keep=["blocks.0.mlp"])[0] == first
+    assert chosen(tmp_path, blocks=blocks, keep=["blocks.0.mlp", "blocks.1.norm1=fp32"])[0] == first
     deeper = decoder(n_layer=4, vocab_size=96, tied=False)
-    chosen(tmp_path, blocks=blocks, keep=["blocks.0.mlp"], model=deeper)
+    chosen(tmp_path, blocks=blocks, keep=["blocks.0.mlp", "blocks.[123].norm1=fp32"], model=deeper)
     assert len(blocks.asked) == 2, "found in the cache, also for a model of such blocks"
 
 
