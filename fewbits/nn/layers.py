@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from fewbits.choice import Choice
 from fewbits.errors import FewbitsError
 from fewbits.nn.candidates import BF16, Shape, matmuls_of
+from fewbits.nn.stacks import PICKED, WHOLE, Stack
 from fewbits.nn.timing import Interval, Times, paired
+from fewbits.precision.recipe import Recipe
 
 MARGIN = 0.02
-"""What a way of multiplying must win over bf16, at the slow end of its interval, to take its place."""
+"""What a way of multiplying must win over bf16, at the slow end of its interval, to take its place; and the whole recipe in
+blocks over what layers alone chose."""
 _EVEN = Interval(1.0, 1.0, 1.0)
 _WHAT = "layers "
 
 
+class InBlocks(NamedTuple):
+    """What whole blocks showed: their time with the whole recipe over that with what their layers chose alone, which `over`
+    names."""
+
+    ratio: Interval
+    over: str
+
+
 @dataclass(frozen=True)
 class LayerGroup:
-    """The linear layers of one shape. choice: canonical recipe text, or "bf16", and why. bf16_ms: milliseconds a step of
-    one such layer in bf16, 0 where there was nothing to time. ratio: time of what was chosen over that of bf16."""
+    """Linear layers of one shape and one choice. choice: canonical recipe text, or "bf16", and why. bf16_ms: milliseconds a
+    step of one such layer in bf16, 0 where there was nothing to time. ratio: time of what such a layer chose alone over that
+    of bf16. blocks: where whole blocks decided, and not the layer alone, what they showed."""
 
     shape: Shape
     names: tuple[str, ...]
     choice: Choice
     bf16_ms: float
     ratio: Interval = _EVEN
+    blocks: InBlocks | None = None
 
 
 def pick(shape: Shape, names: Iterable[str], times: Times) -> LayerGroup:
@@ -63,9 +76,52 @@ def _speed(ratio: Interval) -> str:
     return f"{1 / ratio.median:.2f}x ({1 / ratio.high:.2f} to {1 / ratio.low:.2f})"
 
 
+def settle_in_blocks(layers: Layers, timed: Mapping[Stack, tuple[Sequence[str], Times]]) -> Layers:
+    """`layers`, chosen alone, after whole blocks were timed: where they win at least MARGIN with 95 %, every layer that the
+    recipe takes in them multiplies by all of it. timed: for each stack the blocks of the model that are so, and its times.
+    """
+    settled: dict[str, tuple[Choice, InBlocks | None]] = {}
+    for stack, (blocks, times) in timed.items():
+        if not times.get(WHOLE) or not times.get(PICKED):
+            continue
+        shown = InBlocks(paired(times[WHOLE], times[PICKED]), BF16 if stack.in_bf16 else "what layers alone chose")
+        names = [(f"{block}.{layer}", value) for block in blocks for layer, value in stack.picks]
+        for name, value in names:
+            if value != stack.recipe:
+                settled[name] = _settle(layers[name], stack.recipe, shown)
+    if not _as_timed(layers, settled):
+        return layers
+    return Layers(tuple(part for group in layers.groups for part in _split(group, settled)))
+
+
+def _settle(alone: Choice, recipe: str, shown: InBlocks) -> tuple[Choice, InBlocks | None]:
+    how = f"{_speed(shown.ratio)} as fast as {shown.over} in whole blocks, with {matmuls_of(recipe)} in few bits"
+    if shown.ratio.high <= 1 - MARGIN:
+        return Choice(recipe, how), shown
+    return Choice(alone.value, f"{alone.reason}; {how}"), None
+
+
+def _as_timed(layers: Layers, settled: Mapping[str, tuple[Choice, InBlocks | None]]) -> bool:
+    """Whether blocks will run as they were timed: under delayed scales, all layers of a model that look back share a store,
+    and codes are handed on only where all of them have the same recipe (`held_weights`)."""
+    values = {(settled[name][0] if name in settled else choice).value for name, choice in layers.items()} - {BF16}
+    raised = any(blocks for _, blocks in settled.values())
+    return not raised or len(values) == 1 or not any(Recipe.parse(value).delayed for value in values)
+
+
+def _split(group: LayerGroup, settled: Mapping[str, tuple[Choice, InBlocks | None]]) -> Iterator[LayerGroup]:
+    """The layers of a group by what was settled for them, in their order."""
+    parts: dict[tuple[Choice, InBlocks | None], list[str]] = {}
+    for name in group.names:
+        parts.setdefault(settled.get(name, (group.choice, group.blocks)), []).append(name)
+    for (choice, blocks), names in parts.items():
+        yield replace(group, names=tuple(names), choice=choice, blocks=blocks)
+
+
 @dataclass(frozen=True)
 class Layers(Mapping[str, Choice]):
-    """Layer name -> its recipe (canonical text, or "bf16") and why; what `prepare` takes as `layers`. By shape in `groups`."""
+    """Layer name -> its recipe (canonical text, or "bf16") and why; what `prepare` takes as `layers`. By shape and choice in
+    `groups`."""
 
     groups: tuple[LayerGroup, ...] = ()
 
@@ -87,14 +143,19 @@ class Layers(Mapping[str, Choice]):
         return any(group.choice.value != BF16 for group in self.groups)
 
     @property
+    def alone(self) -> Layers:
+        """Those that were decided by timing them alone."""
+        return Layers(tuple(group for group in self.groups if group.blocks is None))
+
+    @property
     def bf16_ms(self) -> float:
-        """Milliseconds a step of all these layers in bf16."""
+        """Milliseconds a step of all these layers, each alone, in bf16."""
         return sum(len(group.names) * group.bf16_ms for group in self.groups)
 
     @property
     def ms(self) -> Interval:
-        """Milliseconds a step of all these layers as chosen. The ends of the shapes' intervals are added, which encloses
-        the sum with more than 95 %."""
+        """Milliseconds a step of all these layers as each chose alone. The ends of the shapes' intervals are added, which
+        encloses the sum with more than 95 %."""
         parts = [(len(group.names) * group.bf16_ms, group.ratio) for group in self.groups]
         return Interval(*(sum(ms * ratio[i] for ms, ratio in parts) for i in range(3)))
 
@@ -110,15 +171,31 @@ class Layers(Mapping[str, Choice]):
             why = reasons.pop() if len(reasons) == 1 else "it is as fast here, or faster"
             return f"all {len(self)} linear layers stay in bf16: {why}"
         rest = [f"{counts['']} in bf16"] if "" in counts else []
-        ms, base = self.ms, self.bf16_ms
-        return (
-            f"linear layers: {', '.join([*low, *rest])}; {ms.median:.4g} ms a step in them instead of {base:.4g}, saves "
+        return "; ".join([f"linear layers: {', '.join([*low, *rest])}", *self._worth_in_blocks(), *self._worth_alone()])
+
+    def _worth_in_blocks(self) -> Iterator[str]:
+        counts: dict[InBlocks, int] = {}
+        for group in self.groups:
+            if group.blocks is not None:
+                counts[group.blocks] = counts.get(group.blocks, 0) + len(group.names)
+        for (ratio, over), count in counts.items():
+            yield f"whole blocks decided for {count}, {_speed(ratio)} as fast as {over}"
+
+    def _worth_alone(self) -> Iterator[str]:
+        """What layers are worth by their own times, which say nothing of those that blocks decided."""
+        alone = self.alone
+        if not alone.lowbit:
+            return
+        ms, base = alone.ms, alone.bf16_ms
+        where = "them" if len(alone) == len(self) else f"the other {len(alone)}"
+        yield (
+            f"{ms.median:.4g} ms a step in {where} instead of {base:.4g}, saves "
             f"{base - ms.median:.3g} ms ({base - ms.high:.3g} to {base - ms.low:.3g}), "
             f"{_speed(Interval(*(part / base for part in ms)))}"
         )
 
     def to_json(self) -> list[dict[str, Any]]:
-        """One {"what", "value", "reason", ...} for each shape, as choices are recorded."""
+        """One {"what", "value", "reason", ...} for each group, as choices are recorded."""
         return [
             {
                 "what": f"{_WHAT}{group.shape}",
@@ -128,6 +205,11 @@ class Layers(Mapping[str, Choice]):
                 "names": list(group.names),
                 "bf16_ms": group.bf16_ms,
                 "ratio": list(group.ratio),
+                **(
+                    {}
+                    if group.blocks is None
+                    else {"blocks": {"ratio": list(group.blocks.ratio), "over": group.blocks.over}}
+                ),
             }
             for group in self.groups
         ]
@@ -144,6 +226,7 @@ class Layers(Mapping[str, Choice]):
                         Choice(entry["value"], entry["reason"]),
                         entry["bf16_ms"],
                         Interval(*entry["ratio"]),
+                        _blocks_of(entry.get("blocks")),
                     )
                     for entry in entries
                     if is_layers(entry)
@@ -151,6 +234,11 @@ class Layers(Mapping[str, Choice]):
             )
         except (KeyError, TypeError):
             raise FewbitsError("The recorded choices of layers are not those of this version of fewbits.") from None
+
+
+def _blocks_of(entry: Mapping[str, Any] | None) -> InBlocks | None:
+    """None for what layers alone decided, and in runs from before blocks were timed."""
+    return None if entry is None else InBlocks(Interval(*entry["ratio"]), entry["over"])
 
 
 def is_layers(entry: Mapping[str, Any]) -> bool:

@@ -2,7 +2,8 @@
 
 A call does what one training step asks of the layer: the weight's codes made once, forward and backward for each
 micro-batch, eager or compiled as the run will be. Wall time over a queue of calls counts, so that a layer which waits for
-the host is as slow here as it is in a step. That a norm or an activation before it may write its codes anyway does not count.
+the host is as slow here as it is in a step. That a norm or an activation before it may write its codes anyway does not count
+here: block_timing.py times whole blocks.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ from fewbits.kernels.heap import keep_freed_memory
 from fewbits.kernels.recording import recording
 from fewbits.nn.candidates import BF16, Shape
 from fewbits.nn.lowbit import held_weights
+from fewbits.nn.own_code import own_code
 from fewbits.nn.prepare import prepare
 from fewbits.numerics.keys import step_key
 from fewbits.precision.hardware import wait
@@ -145,7 +146,7 @@ class LayerTimer:
         if self.device.type == "cpu":
             keep_freed_memory()
         precision = Precision.parse("bf16-mixed")
-        with self._own_random_numbers(), torch_switches(precision, self.device):
+        with own_random_numbers(self.device), torch_switches(precision, self.device):
             x, grad = (
                 torch.randn(tokens, side, device=self.device).mul_(size).to(torch.bfloat16)
                 for side, size in ((shape.inputs, 1.0), (shape.outputs, 1e-3))
@@ -165,25 +166,16 @@ class LayerTimer:
                         raise
                     continue
                 steps[text] = step
-            calls = self._calls(steps[BF16])
+            calls = calls_for(steps[BF16], self.device)
             clocks = {text: clock(step, calls, self.device) for text, step in steps.items()}
             times = race(clocks, BF16, self.rounds, hopeless=self.hopeless)
         steps.clear()
         clocks.clear()
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free(self.device)
         return {text: [whole * ms for ms in found] for text, found in times.items()}
 
-    def _own_random_numbers(self) -> AbstractContextManager[None]:
-        """Within, what is drawn leaves torch's generators as they were."""
-        devices = [self.device] if self.device.type == "cuda" else []
-        own: AbstractContextManager[None] = torch.random.fork_rng(devices)
-        return own
-
     def _tokens(self, shape: Shape, parts: int) -> int:
-        limit = _FLOPS.get(self.device.type, _FLOPS["cpu"])
-        tokens = shape.tokens
+        limit, tokens = flops_limit(self.device), shape.tokens
         while 6 * parts * tokens * shape.inputs * shape.outputs > limit and tokens % 2 == 0 and tokens >= 512:
             tokens //= 2
         return tokens
@@ -193,8 +185,7 @@ class LayerTimer:
         with torch.device(self.device):
             model = nn.Sequential(nn.Linear(shape.inputs, shape.outputs, bias=shape.bias))
         prepare(model, "bf16-mixed" if text == BF16 else text)
-        for name in ("fewbits_remainders", "fewbits_undo"):  # copies of the weight that only a training needs
-            model.__dict__.pop(name)
+        drop_copies(model)
         parameters = list(model.parameters())
         leaf = x.detach().requires_grad_()
         emulated("bf16", self.device.type)  # asked before a compiler comes: it cannot time anything
@@ -211,11 +202,36 @@ class LayerTimer:
 
         return step
 
-    def _calls(self, step: Callable[[], None]) -> int:
-        """How many calls make a sample long enough for the clock."""
-        clock(step, 3, self.device)()
-        ms = clock(step, 3, self.device)()
-        return max(1, min(MOST_CALLS, math.ceil(SAMPLE_MS / ms)))
+
+def own_random_numbers(device: torch.device) -> AbstractContextManager[None]:
+    """Within, what is drawn leaves torch's generators as they were."""
+    own: AbstractContextManager[None] = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    return own
+
+
+def flops_limit(device: torch.device) -> float:
+    """FLOPs that a timed call should not exceed."""
+    return _FLOPS.get(device.type, _FLOPS["cpu"])
+
+
+def drop_copies(model: nn.Module) -> None:
+    """Lets go of the copies of weights that `prepare` keeps for a training."""
+    for name in ("fewbits_remainders", "fewbits_undo"):
+        model.__dict__.pop(name)
+
+
+def free(device: torch.device) -> None:
+    """Gives back the memory of what is no longer held."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def calls_for(step: Callable[[], None], device: torch.device) -> int:
+    """How many calls of a warm step make a sample long enough for the clock."""
+    clock(step, 3, device)()
+    ms = clock(step, 3, device)()
+    return max(1, min(MOST_CALLS, math.ceil(SAMPLE_MS / ms)))
 
 
 def clock(step: Callable[[], None], calls: int, device: torch.device) -> Callable[[], float]:
@@ -256,13 +272,10 @@ class _Replay:
 
 
 def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """`model` compiled as a function of its own: a module's forward is shared by all of its class, and torch gives up on
-    a function that it has compiled eight times."""
+    """`model` compiled as a function of its own: a module's forward is shared by all of its class."""
 
     def forward(x: Tensor) -> Tensor:
         return model(x)  # type: ignore[no-any-return]
 
-    code = forward.__code__.replace(co_name=f"forward_{id(model)}")
-    own: Any = FunctionType(code, forward.__globals__, code.co_name, None, forward.__closure__)
-    found: Callable[[Tensor], Tensor] = torch.compile(own, dynamic=False)
+    found: Callable[[Tensor], Tensor] = torch.compile(own_code(forward), dynamic=False)
     return found

@@ -21,6 +21,7 @@ from fewbits.nn.linear import FORMAT_OF, Linear, linear, unheard
 from fewbits.nn.lowbit import Codes, let_compilers_in
 from fewbits.nn.mlp import mlp, together
 from fewbits.nn.norm import LayerNorm, RMSNorm, add_norm, joined
+from fewbits.nn.own_code import own_code
 from fewbits.numerics.activation import gelu
 from fewbits.numerics.loss import Pieces
 from fewbits.numerics.wide import widen
@@ -347,28 +348,36 @@ class Transformer(nn.Module):
         """Weight of the head [V, D], the embedding's when tied."""
         return self.embed.weight if self.head is None else self.head.weight
 
-    def compile_blocks(self, evaluation: bool = False) -> None:
+    def compile_blocks(self, evaluation: bool = False, at_once: bool | None = None) -> None:
         """Compiles what is trained, and the softmax of the loss head; evaluation gets a callable of its own.
 
         The block is compiled once for all layers, and makes the last sum of the one before it, for which its norm needs no
         kernel more (unless somebody listens to a block, or has put another in its place). On a GPU, few layers in the working
         format are compiled as one graph, where residual sums join the norms of the next block: 61.5 to 59.9 ms a step at
         gpt2-124m on an H200, for 21 s of compiling instead of 9.
+
+        at_once: whether those are few layers; None counts them. What is compiled is this model's alone (`own_code`): the ninth
+        model of a process would run eagerly otherwise.
         """
+
+        def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+            return torch.compile(own_code(function), dynamic=False)
+
         for weight in {p.dtype: p for p in self.parameters() if p.dtype in FORMAT_OF}.values():
             emulated(FORMAT_OF[weight.dtype], weight.device.type)  # asked for now: a compiler cannot
         norm_execution(self.head_weight.device)
         let_compilers_in(add_norm)
-        self._run_train = torch.compile(_train_block, dynamic=False)
-        self._run_joining = torch.compile(_train_joining, dynamic=False)
+        self._run_train = compiled(_train_block)
+        self._run_joining = compiled(_train_joining)
         low_bit = any(getattr(module, "recipe", "") for module in self.blocks.modules())
-        if self.head_weight.is_cuda and len(self.blocks) <= AT_ONCE and not low_bit:
-            self._run_stack = torch.compile(_train_stack, dynamic=False)
+        few = len(self.blocks) <= AT_ONCE if at_once is None else at_once
+        if self.head_weight.is_cuda and few and not low_bit:
+            self._run_stack = compiled(_train_stack)
         if self.head_weight.is_cuda:  # eager code widens before it normalizes: 1.5 GB read and written for 32,768 x 768
-            self._run_norm = torch.compile(_train_norm, dynamic=False)
+            self._run_norm = compiled(_train_norm)
         self.compile_head()
         if evaluation:
-            self._run_evaluate = torch.compile(_evaluate_block, dynamic=False)
+            self._run_evaluate = compiled(_evaluate_block)
 
     def compile_head(self) -> None:
         """Compiles the softmax of the loss head alone."""
@@ -389,7 +398,11 @@ class Transformer(nn.Module):
             x = x + self.positions(torch.arange(T, device=x.device) if positions is None else positions)
         if self.config.dropout:
             x = nn.functional.dropout(x, self.config.dropout, self.training)
-        rotary = self._rotary(T, positions)
+        return self.through_blocks(x, documents, positions)
+
+    def through_blocks(self, x: Tensor, documents: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """Normalized hidden states [B, T, D] of embedded tokens x [B, T, D]; the others as `hidden` takes them."""
+        rotary = self._rotary(x.shape[1], positions)
         mask = None if documents is None else self._mask(documents, x.dtype)
         # who listens to a block hears its sum, and a block that was put in place of one of ours makes it itself
         joining = self.training and all(type(block) is Block and unheard(block) for block in self.blocks)

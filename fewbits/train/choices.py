@@ -37,7 +37,7 @@ class Choices:
         return torch.device(self.device.value)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """[{"what", "value", "reason"}], with every matmul choice of this process, and one entry for each shape of layers."""
+        """[{"what", "value", "reason"}], with every matmul choice of this process, and one entry for each group of layers."""
         named = [(name, getattr(self, name)) for name in _named()]
         matmuls = {**self.matmuls, **{key: Choice(*pair) for key, pair in dispatch.recorded().items()}}
         named += [(f"matmul {key}", choice) for key, choice in sorted(matmuls.items())]

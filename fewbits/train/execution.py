@@ -62,7 +62,7 @@ def choose_execution(config: Config, measure: Measure | None = None, progress: P
     """Device, precision, compilation and layers for `config`, each with its reason; at once when all is given.
 
     measure: what times the ways of multiplying of a linear layer, under layers=auto; None times on the device.
-    progress: called while layers are timed, which may take a minute where each has to be compiled.
+    progress: called while layers and blocks are timed, which may take minutes where each has to be compiled.
     Raises FewbitsError for a device that is not there, and a precision or `compile` that it cannot run.
     """
     config = with_vocabulary(config, GUESSED_VOCABULARY)

@@ -1,15 +1,17 @@
-"""layers=auto: which linear layer multiplies in how many bits, by a timing of this model's shapes on this device.
+"""layers=auto: which linear layer multiplies in how many bits, by a timing of this model's shapes and blocks on this device.
 
-One timing for each distinct shape; what it found stays in the cache folder, for this device, these versions and this
-shape. A run records what was chosen, and goes on with it without timing again.
+One timing for each distinct shape, then one of whole blocks for each kind of them; what was found stays in the cache
+folder, for this device, these versions and this shape or kind of block. A run records what was chosen, and goes on with it
+without timing again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from functools import cache
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ from fewbits.choice import Choice
 from fewbits.data.cache import Progress, cache_folder, entry, silent
 from fewbits.errors import FewbitsError
 from fewbits.graph import graph_choice
-from fewbits.nn.candidates import BF16, Shape, candidates, shapes
-from fewbits.nn.layers import LayerGroup, Layers, pick
+from fewbits.nn.block_timing import BlockTimer
+from fewbits.nn.candidates import BF16, candidates, shapes
+from fewbits.nn.layers import LayerGroup, Layers, pick, settle_in_blocks
+from fewbits.nn.stacks import MeasureBlocks, stacks
 from fewbits.nn.timing import LayerTimer, Measure, Times
 from fewbits.nn.transformer import Transformer
 from fewbits.precision.hardware import cpu_name, describe, native_matmul
@@ -46,6 +50,7 @@ def choose_layers(
     device: torch.device | str | None = None,
     cache: Path | str | None = None,
     measure: Measure | None = None,
+    measure_blocks: MeasureBlocks | None = None,
     progress: Progress = silent,
 ) -> Layers:
     """The fastest way of multiplying for every linear layer that the recipe of `precision` takes, by a short timing.
@@ -53,7 +58,10 @@ def choose_layers(
         layers = fewbits.choose_layers(model, "fp8-auto", tokens=16384)
         model = fewbits.prepare(model, "fp8-auto", layers=layers)
 
-    A way in few bits takes the place of bf16 only where the slow end of a 95 % interval says that it wins at least 2 %.
+    A way in few bits takes the place of bf16 only where the slow end of a 95 % interval says that it wins at least 2 %: first
+    for layers alone, by shape. In a `fewbits.Transformer` norms and activations can write the codes that layers read, which a
+    layer alone does not show: there whole blocks are timed next, with the recipe in all of their layers beside what those
+    chose, and have to win as much.
 
     Args:
         model: not prepared yet; only its shapes matter, so it may lie on the meta device.
@@ -66,7 +74,8 @@ def choose_layers(
         device: where the model will run; None is where its parameters are.
         cache: folder that keeps what was found; None takes FEWBITS_CACHE, or ~/.cache/fewbits.
         measure: what times the candidates of a shape; None times on the device.
-        progress: called with the number of shapes that are done, and of all.
+        measure_blocks: what times a stack of blocks; None times on the device, unless `measure` is given: then no block is.
+        progress: called with the number of shapes that are done, and of all; then with that of kinds of blocks.
 
     Raises FewbitsError for a precision without a recipe, or a model of which the recipe takes no layer.
     """
@@ -75,19 +84,31 @@ def choose_layers(
     if tokens < 1 or micro_batches < 1:
         raise FewbitsError(f"tokens={tokens} and micro_batches={micro_batches} must be 1 or more.")
     place = torch.device(device) if device is not None else next(model.parameters()).device
-    timer = measure or LayerTimer(place, mode, micro_batches, graph=graph)
+    keep = tuple(keep)
     found = shapes(model, precision, tokens, keep)
     if measure is None and (why := emulated_everywhere(precision, place)):
         return Layers(tuple(LayerGroup(shape, tuple(names), Choice(BF16, why), 0.0) for shape, names in found.items()))
+    if measure is None:
+        measure = LayerTimer(place, mode, micro_batches, graph=graph)
+        measure_blocks = measure_blocks or BlockTimer(measure)
+    facts = {**where(place), "mode": mode, "graph": graph, "micro_batches": micro_batches}
     groups, folder = [], cache_folder(cache)
     for number, (shape, names) in enumerate(found.items()):
         progress(number, len(found), "timing linear layers")
         ways = candidates(precision.recipe, shape)
-        how = {"mode": mode, "graph": graph, "micro_batches": micro_batches}
-        facts = {**where(place), **how, "shape": list(shape), "ways": list(ways)}
-        groups.append(pick(shape, names, cached(folder, facts, timer, shape, ways)))
+        times = cached(folder, {**facts, "shape": list(shape), "ways": list(ways)}, partial(measure, shape, ways))
+        groups.append(pick(shape, names, times))
     progress(len(found), len(found), "timing linear layers")
-    return Layers(tuple(groups))
+    layers = Layers(tuple(groups))
+    if measure_blocks is None:
+        return layers
+    timed, kinds = {}, stacks(model, precision, tokens, keep, layers)
+    for number, (stack, blocks) in enumerate(kinds.items()):
+        progress(number, len(kinds), "timing whole blocks")
+        timed[stack] = blocks, cached(folder, {**facts, "stack": asdict(stack)}, partial(measure_blocks, stack))
+    if kinds:
+        progress(len(kinds), len(kinds), "timing whole blocks")
+    return settle_in_blocks(layers, timed)
 
 
 def emulated_everywhere(precision: Precision, device: torch.device) -> str:
@@ -97,13 +118,13 @@ def emulated_everywhere(precision: Precision, device: torch.device) -> str:
     return "" if any(answer.value for answer in answers) else f"nothing to win: {answers[0].reason}"
 
 
-def cached(folder: Path, facts: dict[str, Any], timer: Measure, shape: Shape, ways: tuple[str, ...]) -> Times:
-    """What `timer` finds for a shape, from the cache where it has been timed under the same facts. A damaged entry is
-    timed again; a second process that wants the same waits for the first."""
+def cached(folder: Path, facts: dict[str, Any], measure: Callable[[], Times]) -> Times:
+    """What `measure` finds, from the cache where it has been timed under the same facts. A damaged entry is timed again; a
+    second process that wants the same waits for the first."""
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
     def build(_: Path) -> dict[str, Any]:
-        return {"under": facts, "ms": {way: list(found) for way, found in timer(shape, ways).items()}}
+        return {"under": facts, "ms": {way: list(found) for way, found in measure().items()}}
 
     times: dict[str, list[float]] = entry(folder, f"layers-{key}", build)[1]["ms"]
     return times

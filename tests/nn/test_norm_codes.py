@@ -8,13 +8,16 @@ import torch
 from interpreter import INTERPRETED
 
 import fewbits
-from fewbits import AdamW, ModelConfig, Step, Transformer
+from fewbits import AdamW, ModelConfig, Precision, Step, Transformer
 from fewbits.choice import Choice
 from fewbits.kernels import dispatch, layouts
 from fewbits.kernels.activation import Coded
 from fewbits.nn import draw, mlp, norm, transformer
+from fewbits.nn.block_timing import block_step, prepared, warm_steps
 from fewbits.nn.lowbit import held_weights
+from fewbits.nn.plan import takes
 from fewbits.nn.scale_history import scale_history
+from fewbits.nn.stacks import stacks
 from fewbits.numerics import activation, quantize
 from fewbits.numerics import norm as definition
 from fewbits.numerics.scaling import Granularity, block_amax
@@ -168,6 +171,26 @@ def test_going_backward_after_another_step_has_begun_is_refused(made):
     with held_weights(model), pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     assert len(made) == 2
+
+
+@pytest.mark.parametrize(("config", "mode", "norms"), [(GPT, "eager", 1), (LLAMA, "compiled", 2)])
+def test_timed_stacks_write_norms_as_codes(config, mode, norms, made, monkeypatch):
+    """One norm of each block in eager code, both where it is compiled: as in a training from its third step on, and in more
+    than one step before anything is timed."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    outline, recipe = Transformer(config), Precision.parse("fp8-delayed")
+    alone = {name: Choice("bf16", "a test") for name in takes(outline, recipe)}
+    (stack,) = stacks(outline, recipe, 8, (), alone)
+    assert warm_steps(stack) > 3
+    for values, seen in ((dict.fromkeys(dict(stack.picks), stack.recipe), norms), (dict(stack.picks), 0)):
+        model = prepared(stack, values, torch.device("cpu"), mode)
+        x, grad = torch.randn(2, 1, 8, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+        step, counts = block_step(model, x, grad, 1), []
+        for _ in range(4):
+            made.clear()
+            step()
+            counts.append(len(made))
+        assert counts == [0, 0, len(model.blocks) * seen, len(model.blocks) * seen]
 
 
 def by_definition(monkeypatch) -> None:

@@ -1,4 +1,4 @@
-"""layers=auto in a run: timed once for each shape, kept in the cache, recorded, never timed again, and refused in time."""
+"""layers=auto in a run: timed once for each shape and kind of block, kept in the cache, recorded, and refused in time."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ import torch
 from torch import nn
 
 import fewbits
+from fewbits import ModelConfig, Transformer
 from fewbits.checkpoint.load import load_checkpoint
 from fewbits.checkpoint.save import save_checkpoint
 from fewbits.choice import Choice
 from fewbits.errors import FewbitsError
+from fewbits.nn.block_timing import BlockTimer
 from fewbits.nn.candidates import BF16, Shape
 from fewbits.nn.layers import Layers
-from fewbits.nn.timing import Times
+from fewbits.nn.stacks import PICKED, WHOLE, Stack
+from fewbits.nn.timing import LayerTimer, Times
+from fewbits.precision.recipe import RECIPES
 from fewbits.train.build import Training, build_training, open_data
 from fewbits.train.choices import Choices
 from fewbits.train.config import Config
@@ -83,6 +87,118 @@ def test_a_damaged_cache_is_timed_again(tmp_path: Path, damage: str) -> None:
     assert len(clock.asked) == 4
     assert choose_layers(model(), "fp8", 32, cache=tmp_path, measure=clock) == first
     assert len(clock.asked) == 4, "and is whole again"
+
+
+class BlockClock:
+    """A `MeasureBlocks` that times nothing: the whole recipe takes `ratio` of what was picked."""
+
+    def __init__(self, ratio: float = 0.5):
+        self.ratio = ratio
+        self.asked: list[Stack] = []
+
+    def __call__(self, stack: Stack) -> Times:
+        self.asked.append(stack)
+        return {PICKED: [1.0] * 9, WHOLE: [self.ratio] * 9}
+
+
+def decoder(**options: object) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(
+            ModelConfig(**{"vocab_size": 97, "context": 16, "n_layer": 2, "n_head": 2, "n_embd": 64, **options})
+        )  # type: ignore[arg-type]
+
+
+def chosen(
+    folder: Path, clock: Clock | None = None, blocks: BlockClock | None = None, **options: object
+) -> tuple[Layers, list[tuple[int, int, str]]]:
+    """What is chosen for a decoder, and the progress that was shown."""
+    shown: list[tuple[int, int, str]] = []
+    given = {"model": decoder(), "precision": "fp8", "tokens": 32, "cache": folder, "device": "cpu", **options}
+    progress = lambda *units: shown.append(units)  # noqa: E731
+    layers = choose_layers(measure=clock or Clock(), measure_blocks=blocks, progress=progress, **given)  # type: ignore[arg-type]
+    return layers, shown
+
+
+def test_blocks_are_timed_once_for_each_kind_and_not_when_they_are_in_the_cache(tmp_path: Path) -> None:
+    blocks = BlockClock()
+    first, shown = chosen(tmp_path, blocks=blocks, keep=iter(["blocks.0.mlp", "blocks.1.norm1=fp32"]))
+    assert [(len(stack.picks), len(stack.formats)) for stack in blocks.asked] == [(2, 0), (4, 1)]
+    assert {choice.value for choice in first.values()} == {str(RECIPES["fp8"])}
+    assert shown == [
+        *((i, 4, "timing linear layers") for i in range(5)),
+        *((i, 2, "timing whole blocks") for i in range(3)),
+    ]
+    assert chosen(tmp_path, blocks=blocks, keep=["blocks.0.mlp", "blocks.1.norm1=fp32"])[0] == first
+    deeper = decoder(n_layer=4, vocab_size=96, tied=False)
+    chosen(tmp_path, blocks=blocks, keep=["blocks.0.mlp", "blocks.[123].norm1=fp32"], model=deeper)
+    assert len(blocks.asked) == 2, "found in the cache, also for a model of such blocks"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"tokens": 64},
+        {"mode": "compiled"},
+        {"micro_batches": 2},
+        {"graph": True},
+        {"precision": "fp8-row"},
+        {"keep": ["blocks.*.norm1=fp32"]},
+        {"clock": Clock(outputs64=2)},
+        {"model": decoder(dropout=0.1)},
+        {"model": decoder(n_layer=13)},
+    ],
+)
+def test_what_changes_the_times_of_blocks_is_timed_anew(tmp_path: Path, changed: dict[str, object]) -> None:
+    blocks = BlockClock(1.5)
+    chosen(tmp_path, blocks=blocks)
+    for path in tmp_path.glob("layers-*/manifest.json"):
+        if '"shape"' in path.read_text(encoding="utf-8"):
+            path.unlink()  # single layers are timed again, by the clock of this turn
+    chosen(tmp_path, blocks=blocks, **changed)  # type: ignore[arg-type]
+    assert len(blocks.asked) == 2
+
+
+@pytest.mark.parametrize("damage", ["", "nonsense", "changed"])
+def test_a_damaged_timing_of_blocks_is_made_again(tmp_path: Path, damage: str) -> None:
+    blocks = BlockClock()
+    first, _ = chosen(tmp_path, blocks=blocks)
+    texts = {p: p.read_text(encoding="utf-8") for p in tmp_path.glob("layers-*/manifest.json")}
+    (path,) = (path for path, text in texts.items() if PICKED in text)
+    path.write_text(texts[path].replace("0.5", "1.5") if damage == "changed" else damage, encoding="utf-8")
+    assert chosen(tmp_path, blocks=blocks)[0] == first
+    assert len(blocks.asked) == 2
+
+
+def test_no_block_is_timed_for_other_models_where_all_chose_the_recipe_or_where_only_single_layers_have_a_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = BlockClock()
+    whole = Clock(outputs192=1, outputs64=1, outputs256=1)
+    layers, shown = chosen(tmp_path, whole, blocks)
+    assert {choice.value for choice in layers.values()} == {str(RECIPES["fp8"])} and shown[-1][
+        2
+    ] == "timing linear layers"
+    chosen(tmp_path, Clock(), blocks, model=model())
+    monkeypatch.setattr(BlockTimer, "__call__", lambda *_: pytest.fail("timed on the device"))
+    assert not chosen(tmp_path / "two", Clock())[0].lowbit
+    assert not choose_layers(decoder(), "fp8", 32, device="cpu", cache=tmp_path / "three", measure_blocks=blocks).lowbit
+    assert not blocks.asked and not (tmp_path / "three").exists(), "nor where every product would be emulated"
+
+
+def test_on_a_device_blocks_are_timed_in_the_way_of_the_run_and_a_failure_leaves_what_layers_chose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[LayerTimer] = []
+
+    def fails(timer: BlockTimer, stack: Stack) -> Times:
+        asked.append(timer.layers)
+        raise RuntimeError("a compiler")
+
+    monkeypatch.setattr(LayerTimer, "__call__", lambda _, shape, ways: Clock(outputs64=2)(shape, ways))
+    monkeypatch.setattr(BlockTimer, "_times", fails)
+    layers = choose_layers(decoder(), "int8", 32, mode="compiled", micro_batches=3, device="cpu", cache=tmp_path)
+    assert asked == [LayerTimer(torch.device("cpu"), "compiled", 3)]
+    assert layers == chosen(tmp_path / "alone", Clock(outputs64=2), precision="int8")[0] and layers.lowbit
 
 
 def test_where_every_product_would_be_emulated_nothing_is_timed(tmp_path: Path) -> None:
