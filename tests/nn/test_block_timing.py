@@ -11,7 +11,7 @@ import torch
 
 import fewbits
 from fewbits import Choice, ModelConfig, Precision, Transformer
-from fewbits.nn import block_timing, transformer
+from fewbits.nn import block_timing
 from fewbits.nn.block_timing import BlockTimer, block_step, prepared, size
 from fewbits.nn.candidates import BF16, Shape, candidates, shapes
 from fewbits.nn.layers import MARGIN, InBlocks, LayerGroup, Layers, settle_in_blocks
@@ -260,20 +260,6 @@ def test_a_step_of_a_stack_is_that_of_a_training_and_leads_histories_on() -> Non
     assert all(
         torch.equal(p.grad, q.grad) for p, q in zip(*(m.blocks.parameters() for m in (model, other)), strict=True)
     )
-
-
-def test_a_compiled_stack_has_code_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda function, **_: (compiled.append(function), function)[1])
-    stack = stack_of("fp8")
-    for _ in range(2):
-        prepared(stack, dict(stack.picks), CPU, "compiled")
-    names = [function.__code__.co_name for function in compiled if function.__name__.startswith("_train")]
-    assert len(set(names)) == len(names) == 4
-    assert all(name.startswith(("_train_block_", "_train_joining_")) for name in names)
-    compiled.clear()
-    Transformer(GPT).compile_blocks()
-    assert compiled[:2] == [transformer._train_block, transformer._train_joining], "models of a training share theirs"
 
 
 def test_a_compiled_stack_in_bf16_is_one_graph_where_the_model_would_be(monkeypatch: pytest.MonkeyPatch) -> None:

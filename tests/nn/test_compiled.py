@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import fewbits
 from fewbits import ModelConfig, Transformer
@@ -146,3 +147,17 @@ def test_a_layer_is_timed_compiled_where_the_run_will_be():
     ways = (BF16, str(RECIPES["fp8"]))
     times = LayerTimer(torch.device("cpu"), "compiled", rounds=LEAST_ROUNDS)(Shape(32, 64, 64, True), ways)
     assert list(times) == list(ways) and all(len(found) == LEAST_ROUNDS for found in times.values())
+
+
+def test_the_tenth_model_of_a_process_is_compiled_too(monkeypatch):
+    """torch gives up on code that it has compiled eight times, with a warning, and runs it eagerly from then on."""
+    torch._dynamo.reset()
+    counter, compile = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend=counter, **options))
+    monkeypatch.setattr(Transformer, "compile_head", lambda _: None)
+    ids = torch.randint(61, (1, 9), generator=torch.Generator().manual_seed(0))
+    for number in range(1, 11):
+        model = Transformer(dataclasses.replace(GPT, n_embd=8 * number))
+        model.compile_blocks()
+        model.hidden(ids)
+        assert counter.frame_count == number
