@@ -421,11 +421,15 @@ class Transformer(nn.Module):
         return (self._run_norm if self.training else _train_norm)(self.norm, x)
 
     def _mask(self, documents: Tensor, dtype: torch.dtype) -> Tensor | BlockMask:
-        """What attention is told about documents [B, T]: blocks where compiled code on a GPU trains, else every pair."""
-        compiled = self.training and self._run_joining is not None and documents.is_cuda
-        if compiled and not self.config.dropout and fits_blocks(self.config.head_dim, documents.shape[1], dtype):
-            return block_mask(documents)
-        return document_mask(documents)
+        """What attention is told about documents [B, T], of hidden states in `dtype`: blocks where it can, else every pair."""
+        return block_mask(documents) if self._takes_blocks(documents, dtype) else document_mask(documents)
+
+    def _takes_blocks(self, documents: Tensor, dtype: torch.dtype) -> bool:
+        """Whether compiled code on a GPU trains, by attention that is ours throughout: another's expects pairs."""
+        if not self.training or self._run_joining is None or not documents.is_cuda or self.config.dropout:
+            return False
+        ours = all(type(block) is Block and type(block.attention) is Attention for block in self.blocks)
+        return ours and fits_blocks(self.config.head_dim, documents.shape[1], dtype)
 
     def _rotary(self, T: int, positions: Tensor | None) -> tuple[Tensor, Tensor] | None:
         if self.rotary_cos is None or self.rotary_sin is None:

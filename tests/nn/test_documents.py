@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -80,11 +82,32 @@ def test_attention_with_blocks_is_attention_and_is_compiled_once_for_all_documen
     assert compiled.frame_count == 1
 
 
-def test_blocks_are_for_what_was_measured_and_on_a_cpu_there_are_pairs():
+def test_blocks_are_for_what_was_measured():
     assert fits_blocks(64, 1024, torch.bfloat16) and fits_blocks(96, SIDE + 1, torch.float16)
     assert not fits_blocks(8, 1024, torch.bfloat16) and not fits_blocks(256, 1024, torch.bfloat16)
     assert not fits_blocks(64, SIDE, torch.bfloat16) and not fits_blocks(64, 1024, torch.float32)
-    config = ModelConfig(vocab_size=61, context=256, n_layer=1, n_head=2, n_embd=64)
-    model = Transformer(config).to(torch.bfloat16)
+
+
+class OnGPU(Tensor):
+    is_cuda = True
+
+
+def test_only_compiled_training_on_a_gpu_by_attention_of_ours_is_told_of_blocks():
+    documents = growing(1, 256, 60)
+    on_gpu = documents.as_subclass(OnGPU)
+    config = ModelConfig(vocab_size=61, context=256, n_layer=2, n_head=2, n_embd=64)
+
+    def takes(model: Transformer, documents: Tensor = on_gpu) -> bool:
+        return model._takes_blocks(documents, torch.bfloat16)
+
+    model = Transformer(config)
+    assert not takes(model)  # eager
     model.compile_blocks()
-    assert isinstance(model._mask(growing(1, 256, 60), torch.bfloat16), Tensor)
+    assert takes(model) and not takes(model, documents)
+    assert isinstance(model._mask(documents, torch.bfloat16), Tensor)
+    assert not takes(model.eval()) and takes(model.train())
+    model.blocks[1].attention = torch.nn.Identity()
+    assert not takes(model)
+    dropping = Transformer(dataclasses.replace(config, dropout=0.1))
+    dropping.compile_blocks()
+    assert not takes(dropping)
