@@ -19,7 +19,7 @@ from fewbits.nn.candidates import BF16
 from fewbits.nn.lowbit import held_weights
 from fewbits.nn.plan import takes
 from fewbits.nn.prepare import prepare
-from fewbits.nn.stacks import PICKED, WHOLE, Stack
+from fewbits.nn.stacks import PICKED, WHOLE, NoTimes, Stack
 from fewbits.nn.timing import (
     MOST_PARTS,
     WARM,
@@ -47,15 +47,15 @@ class BlockTimer:
     layers: LayerTimer
 
     def __call__(self, stack: Stack) -> Times:
-        """Milliseconds a step of the stack by way."""
+        """Milliseconds by way. Raises NoTimes for whatever a compiler or a library throws."""
         device = self.layers.device
         if device.type == "cpu":
             keep_freed_memory()
         try:
             with own_random_numbers(device), torch_switches(Precision.parse("bf16-mixed"), device):
                 return self._times(stack)
-        except Exception:  # whatever a compiler or a library throws: what layers chose alone is always there
-            return {}
+        except Exception as error:
+            raise NoTimes(str(error)) from error
         finally:
             free(device)
 
@@ -63,8 +63,8 @@ class BlockTimer:
         device, config = self.layers.device, stack.config
         parts, sequences = size(stack, self.layers.micro_batches, device)
         x, grad = (
-            torch.randn(sequences, config.context, config.n_embd, device=device).mul_(size).to(torch.bfloat16)
-            for size in (1.0, 1e-3)
+            torch.randn(sequences, config.context, config.n_embd, device=device).mul_(deviation).to(torch.bfloat16)
+            for deviation in (1.0, 1e-3)
         )
         steps = {}
         for way, values in {PICKED: dict(stack.picks), WHOLE: dict.fromkeys(dict(stack.picks), stack.recipe)}.items():
@@ -74,9 +74,7 @@ class BlockTimer:
             steps[way] = recorded(step, device) if self.layers.graph else step
         calls = calls_for(steps[PICKED], device)
         clocks = {way: clock(step, calls, device) for way, step in steps.items()}
-        times = race(clocks, PICKED, self.layers.rounds, hopeless=self.layers.hopeless)
-        whole = self.layers.micro_batches * stack.tokens / (parts * sequences * config.context)
-        return {way: [whole * ms for ms in found] for way, found in times.items()}
+        return race(clocks, PICKED, self.layers.rounds, hopeless=self.layers.hopeless)
 
 
 def size(stack: Stack, micro_batches: int, device: torch.device) -> tuple[int, int]:

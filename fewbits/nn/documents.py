@@ -15,7 +15,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 SIDE = 128
 """Queries and keys of a block."""
-HEADS = (16, 128)  # the least and the greatest width of a head that the kernel is given here
+HEADS = (64, 128)  # the least and the greatest width of a head that blocks were timed with, on an H200
+CONTEXT = 1024  # the shortest
+CAPABILITY = (9, 0)  # the least: the kernel's backward pass wants more shared memory than small cards have
 
 Mask: TypeAlias = Tensor | BlockMask | None
 """What attention is told: bool of a shape that broadcasts to [B, H, T, T], true where a key counts; blocks; None for causal."""
@@ -56,9 +58,11 @@ def block_mask(documents_BT: Tensor) -> BlockMask:
     )
 
 
-def fits_blocks(head_dim: int, context: int, dtype: torch.dtype) -> bool:
-    """Whether compiled attention on CUDA is faster with blocks: in 16 bits, and where there is more than one."""
-    return HEADS[0] <= head_dim <= HEADS[1] and context > SIDE and dtype in (torch.bfloat16, torch.float16)
+def fits_blocks(head_dim: int, context: int, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
+    """Whether compiled attention on CUDA was seen to be faster with blocks, in 16 bits (bench/attention.py). capability: of
+    the device."""
+    measured = HEADS[0] <= head_dim <= HEADS[1] and context >= CONTEXT and capability >= CAPABILITY
+    return measured and dtype in (torch.bfloat16, torch.float16)
 
 
 def _listed(blocks_BQK: Tensor) -> tuple[Tensor, Tensor]:

@@ -78,27 +78,33 @@ def _speed(ratio: Interval) -> str:
 
 def settle_in_blocks(layers: Layers, timed: Mapping[Stack, tuple[Sequence[str], Times]]) -> Layers:
     """`layers`, chosen alone, after whole blocks were timed: where they win at least MARGIN with 95 %, every layer that the
-    recipe takes in them multiplies by all of it. timed: for each stack the blocks of the model that are so, and its times.
+    recipe takes in them multiplies by all of it. timed: for each stack the blocks of the model that are so, and its times,
+    empty where it was not timed. Reasons say what blocks showed.
     """
     settled: dict[str, tuple[Choice, InBlocks | None]] = {}
     for stack, (blocks, times) in timed.items():
-        if not times.get(WHOLE) or not times.get(PICKED):
-            continue
-        shown = InBlocks(paired(times[WHOLE], times[PICKED]), BF16 if stack.in_bf16 else "what layers alone chose")
-        names = [(f"{block}.{layer}", value) for block in blocks for layer, value in stack.picks]
-        for name, value in names:
-            if value != stack.recipe:
-                settled[name] = _settle(layers[name], stack.recipe, shown)
+        shown = None
+        if times.get(WHOLE) and times.get(PICKED):
+            ratio = paired(times[WHOLE], times[PICKED])
+            shown = InBlocks(ratio, BF16 if stack.in_bf16 else "what layers alone chose")
+        for name in (f"{block}.{layer}" for block in blocks for layer, value in stack.picks if value != stack.recipe):
+            settled[name] = _settle(layers[name], stack.recipe, shown)
     if not _as_timed(layers, settled):
-        return layers
+        why = "parts of the recipe remain in others, and codes are not handed on"
+        settled = {name: (_also(layers[name], f"{choice.reason}, but {why}"), None) if blocks else (choice, None)
+                   for name, (choice, blocks) in settled.items()}  # fmt: skip
     return Layers(tuple(part for group in layers.groups for part in _split(group, settled)))
 
 
-def _settle(alone: Choice, recipe: str, shown: InBlocks) -> tuple[Choice, InBlocks | None]:
+def _settle(alone: Choice, recipe: str, shown: InBlocks | None) -> tuple[Choice, InBlocks | None]:
+    if shown is None:
+        return _also(alone, "whole blocks were not timed"), None
     how = f"{_speed(shown.ratio)} as fast as {shown.over} in whole blocks, with {matmuls_of(recipe)} in few bits"
-    if shown.ratio.high <= 1 - MARGIN:
-        return Choice(recipe, how), shown
-    return Choice(alone.value, f"{alone.reason}; {how}"), None
+    return (Choice(recipe, how), shown) if shown.ratio.high <= 1 - MARGIN else (_also(alone, how), None)
+
+
+def _also(choice: Choice, reason: str) -> Choice:
+    return Choice(choice.value, f"{choice.reason}; {reason}")
 
 
 def _as_timed(layers: Layers, settled: Mapping[str, tuple[Choice, InBlocks | None]]) -> bool:
@@ -143,20 +149,20 @@ class Layers(Mapping[str, Choice]):
         return any(group.choice.value != BF16 for group in self.groups)
 
     @property
-    def alone(self) -> Layers:
+    def alone(self) -> tuple[LayerGroup, ...]:
         """Those that were decided by timing them alone."""
-        return Layers(tuple(group for group in self.groups if group.blocks is None))
+        return tuple(group for group in self.groups if group.blocks is None)
 
     @property
     def bf16_ms(self) -> float:
-        """Milliseconds a step of all these layers, each alone, in bf16."""
-        return sum(len(group.names) * group.bf16_ms for group in self.groups)
+        """Milliseconds a step of the layers that were decided alone, in bf16."""
+        return sum(len(group.names) * group.bf16_ms for group in self.alone)
 
     @property
     def ms(self) -> Interval:
-        """Milliseconds a step of all these layers as each chose alone. The ends of the shapes' intervals are added, which
-        encloses the sum with more than 95 %."""
-        parts = [(len(group.names) * group.bf16_ms, group.ratio) for group in self.groups]
+        """Milliseconds a step of the layers that were decided alone, as chosen. The ends of the shapes' intervals are added,
+        which encloses the sum with more than 95 %."""
+        parts = [(len(group.names) * group.bf16_ms, group.ratio) for group in self.alone]
         return Interval(*(sum(ms * ratio[i] for ms, ratio in parts) for i in range(3)))
 
     def __str__(self) -> str:
@@ -184,10 +190,10 @@ class Layers(Mapping[str, Choice]):
     def _worth_alone(self) -> Iterator[str]:
         """What layers are worth by their own times, which say nothing of those that blocks decided."""
         alone = self.alone
-        if not alone.lowbit:
+        if all(group.choice.value == BF16 for group in alone):
             return
-        ms, base = alone.ms, alone.bf16_ms
-        where = "them" if len(alone) == len(self) else f"the other {len(alone)}"
+        ms, base, count = self.ms, self.bf16_ms, sum(len(group.names) for group in alone)
+        where = "them" if count == len(self) else f"the other {count}"
         yield (
             f"{ms.median:.4g} ms a step in {where} instead of {base:.4g}, saves "
             f"{base - ms.median:.3g} ms ({base - ms.high:.3g} to {base - ms.low:.3g}), "

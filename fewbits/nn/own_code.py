@@ -11,9 +11,11 @@ _numbers = count()
 
 
 def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that does the same by code of its own, which a compiler takes for another one: what is compiled for it
-    counts for nobody else, and goes when it goes. Raises TypeError for what is not a plain Python function."""
+    """A function that does the same by code of its own, which a compiler takes for another one: what is compiled for it counts
+    for nobody else. Raises TypeError for what is not a plain Python function."""
     if not isinstance(function, FunctionType):
         raise TypeError(f"{function!r} is no plain function; wrap it in one.")
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
-    return FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+    copy = FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy

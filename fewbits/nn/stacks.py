@@ -55,7 +55,11 @@ class Stack:
 
 
 MeasureBlocks = Callable[[Stack], Times]
-"""What times both ways of a stack: milliseconds a step, round by round; empty where one of them did not run."""
+"""What times both ways of a stack: milliseconds, round by round. Raises NoTimes."""
+
+
+class NoTimes(Exception):
+    """A way of a stack does not run here, or not now."""
 
 
 def stacks(

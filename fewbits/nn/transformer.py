@@ -429,7 +429,8 @@ class Transformer(nn.Module):
         if not self.training or self._run_joining is None or not documents.is_cuda or self.config.dropout:
             return False
         ours = all(type(block) is Block and type(block.attention) is Attention for block in self.blocks)
-        return ours and fits_blocks(self.config.head_dim, documents.shape[1], dtype)
+        capability = torch.cuda.get_device_capability(documents.device)
+        return ours and fits_blocks(self.config.head_dim, documents.shape[1], dtype, capability)
 
     def _rotary(self, T: int, positions: Tensor | None) -> tuple[Tensor, Tensor] | None:
         if self.rotary_cos is None or self.rotary_sin is None:

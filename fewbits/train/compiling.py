@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class CompileClock:
     def __init__(self) -> None:
         self._seconds, self._taken = 0.0, 0.0
         self._since: float | None = None
-        self._cpp_s = 0.0
+        self._cpp_s = math.inf  # of this process when it was last looked at; not running, the clock sees nothing new
         self._stack = ExitStack()
 
     @property
@@ -64,9 +64,8 @@ class CompileClock:
         except ImportError:  # another version of torch: the time stays in the first step
             return self
         callback_handler.register_start_callback(self._begin)
-        self._stack.callback(callback_handler.remove_start_callback, self._begin)
         callback_handler.register_end_callback(self._end)
-        self._stack.callback(callback_handler.remove_end_callback, self._end)
+        self._stack.callback(self._stop_listening, callback_handler)
         if torch.cuda.is_available():
             self._stack.enter_context(self._listening_to_triton())
         return self
@@ -74,6 +73,11 @@ class CompileClock:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
         self._cpp_s = math.inf
+
+    def _stop_listening(self, handler: Any) -> None:
+        with suppress(ValueError):  # somebody reset the compiler, and with it who listens
+            handler.remove_start_callback(self._begin)
+            handler.remove_end_callback(self._end)
 
     def take(self) -> float:
         """Seconds since the last `take`."""
@@ -114,7 +118,8 @@ class CompileClock:
         try:
             yield
         finally:
-            knobs.compilation.listener = before
+            if knobs.compilation.listener is listen:
+                knobs.compilation.listener = before
 
 
 def compiler_failure(error: BaseException | None) -> str:

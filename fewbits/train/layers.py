@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -27,7 +29,7 @@ from fewbits.graph import graph_choice
 from fewbits.nn.block_timing import BlockTimer
 from fewbits.nn.candidates import BF16, candidates, shapes
 from fewbits.nn.layers import LayerGroup, Layers, pick, settle_in_blocks
-from fewbits.nn.stacks import MeasureBlocks, stacks
+from fewbits.nn.stacks import MeasureBlocks, NoTimes, stacks
 from fewbits.nn.timing import LayerTimer, Measure, Times
 from fewbits.nn.transformer import Transformer
 from fewbits.precision.hardware import cpu_name, describe, native_matmul
@@ -35,6 +37,7 @@ from fewbits.precision.precision import Precision
 from fewbits.train.build import with_vocabulary
 from fewbits.train.config import Config
 
+BLOCKS_S = 120.0  # no further kind of block is begun after so long; one takes some 36 s where a compiler starts cold
 _TIMED = ("numerics", "precision", "kernels", "nn")  # the rooms whose source decides how fast a layer is
 
 
@@ -102,10 +105,14 @@ def choose_layers(
     layers = Layers(tuple(groups))
     if measure_blocks is None:
         return layers
-    timed, kinds = {}, stacks(model, precision, tokens, keep, layers)
-    for number, (stack, blocks) in enumerate(kinds.items()):
+    timed, kinds, began = {}, stacks(model, precision, tokens, keep, layers), time.perf_counter()
+    for number, (stack, blocks) in enumerate(sorted(kinds.items(), key=lambda kind: -len(kind[1]))):
         progress(number, len(kinds), "timing whole blocks")
-        timed[stack] = blocks, cached(folder, {**facts, "stack": asdict(stack)}, partial(measure_blocks, stack))
+        found_ms: Times = {}
+        if time.perf_counter() - began < BLOCKS_S:
+            with suppress(NoTimes):  # and kept nowhere: another time it may run
+                found_ms = cached(folder, {**facts, "stack": asdict(stack)}, partial(measure_blocks, stack))
+        timed[stack] = blocks, found_ms
     if kinds:
         progress(len(kinds), len(kinds), "timing whole blocks")
     return settle_in_blocks(layers, timed)

@@ -20,7 +20,6 @@ from fewbits.checkpoint.save import save_checkpoint
 from fewbits.data.batches import eval_batches
 from fewbits.data.ratios import compression_baseline
 from fewbits.errors import FewbitsError
-from fewbits.places import cache_root
 from fewbits.precision.switches import torch_switches
 from fewbits.step import StepResult
 from fewbits.train.begin import eager_again, fresh, resumed
@@ -75,8 +74,7 @@ def train(
         stack.enter_context(torch_switches(training.precision, training.device))
         run = Run(training, folder, display, checkpoint, setup_s=time.perf_counter() - began)
         run.may_fall_back = resume is None and config.train.compile == "auto"
-        if training.choices.compile.value:
-            run.clock = stack.enter_context(CompileClock())
+        stack.enter_context(run.clock)
         if profile:
             run.profiler = StepProfiler(training.device, min(profile, run.end - run.first))
             stack.callback(run.profiler.close)
@@ -118,7 +116,7 @@ class Run:
         )
         self.meter = training.memory_meter()
         self.watch = Stopwatch()
-        self.clock = CompileClock()  # not running: nothing is compiled, unless `train` puts one that is
+        self.clock = CompileClock()
         self.may_fall_back = False
         self.profiler: StepProfiler | None = None
         self.step_s, self.timed_steps = 0.0, 0
@@ -306,9 +304,9 @@ class Run:
         self.last = entry
         self.record.metrics(entry)
         if self.clock.seconds and one.number == self.first + 1:
-            whole = self.training.choices.compile.value  # else kernels of our own alone
-            kept = keep_compiled_code(self.config.data.cache) if whole else cache_root()
-            self.display.fact("compiled", f"in {self.clock.seconds:.1f} s, not in the steps' times; kept in {kept}")
+            by_torch = self.training.choices.compile.value  # else kernels of ours alone
+            kept = f"; kept in {keep_compiled_code(self.config.data.cache)}" if by_torch else ""
+            self.display.fact("compiled", f"in {self.clock.seconds:.1f} s, not in the steps' times{kept}")
         self.display.step(entry)
 
     def _evaluate(self) -> None:

@@ -17,9 +17,11 @@ from fewbits.nn.attention import attend
 from fewbits.nn.documents import block_mask, document_mask
 from fewbits.numerics import attention as definition
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs sm_90"
+)
 
-GPT = ModelConfig(vocab_size=512, context=512, n_layer=2, n_head=4, n_embd=256)
+GPT = ModelConfig(vocab_size=512, context=1024, n_layer=2, n_head=4, n_embd=256)
 LLAMA = dataclasses.replace(
     GPT, n_kv_head=2, norm="rmsnorm", activation="swiglu", positions="rope", bias=False, qk_norm=True
 )
@@ -80,7 +82,7 @@ def built(config: ModelConfig, precision: str, graph: str = "false") -> tuple[Tr
 def test_training_by_blocks_is_training_by_pairs(config, precision, monkeypatch):
     """Losses of ten steps at a learning rate that changes them, to 0.2 %: some eight roundings of bf16 in hidden states meet in
     the mean of 4,096 targets."""
-    batch = packed(growing(8, 512, 100))
+    batch = packed(growing(4, 1024, 100))
     by_blocks, step = built(config, precision)
     assert isinstance(by_blocks._mask(batch["documents"], torch.bfloat16), BlockMask)
     mine = [float(step([batch]).loss) for _ in range(10)]
@@ -94,7 +96,7 @@ def test_training_by_blocks_is_training_by_pairs(config, precision, monkeypatch)
 @pytest.mark.parametrize("config", [GPT, LLAMA], ids=["gpt", "llama"])
 def test_what_is_in_one_document_changes_no_bit_of_another(config):
     model, _ = built(config, "bf16-mixed")
-    documents = torch.zeros(2, 512, dtype=torch.int32, device="cuda")
+    documents = torch.zeros(2, 1024, dtype=torch.int32, device="cuda")
     documents[:, 200:] = 1
     batch = packed(documents)
     hidden = {}
@@ -113,7 +115,7 @@ def test_a_replayed_step_follows_the_documents_and_is_the_eager_one(precision):
         for graph in ("false", "true"):
             _, step = built(GPT, precision, graph)
             lengths = (20, 60, 100, 200, 40, 80, 500, 30, 60, 90)
-            found = [step([packed(growing(8, 512, length))]).loss for length in lengths]
+            found = [step([packed(growing(4, 1024, length))]).loss for length in lengths]
             losses.append(torch.stack(found).tolist())
             assert graph == "false" or (step.warm and step.graph.choice.value), step.graph.choice.reason
         assert losses[0] == losses[1]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from fewbits.nn import block_timing
 from fewbits.nn.block_timing import BlockTimer, block_step, prepared, size
 from fewbits.nn.candidates import BF16, Shape, candidates, shapes
 from fewbits.nn.layers import MARGIN, InBlocks, LayerGroup, Layers, settle_in_blocks
-from fewbits.nn.stacks import PICKED, WHOLE, Stack, stacks
+from fewbits.nn.stacks import PICKED, WHOLE, NoTimes, Stack, stacks
 from fewbits.nn.timing import LEAST_ROUNDS, MOST_PARTS, Interval, LayerTimer, Times, flops_limit
 from fewbits.precision.recipe import RECIPES, Recipe
 
@@ -131,7 +133,9 @@ def test_blocks_that_are_faster_only_on_average_decide_nothing() -> None:
 def test_blocks_that_did_not_run_leave_the_picks(times: Times) -> None:
     layers = alone(outline(), values={"up": WAYS[2]})
     found = stacks(outline(), Precision.parse("fp8"), 32, (), layers)
-    assert settle_in_blocks(layers, {stack: (blocks, times) for stack, blocks in found.items()}) == layers
+    kept = settle_in_blocks(layers, {stack: (blocks, times) for stack, blocks in found.items()})
+    for name, choice in layers.items():
+        assert kept[name] == Choice(choice.value, f"{choice.reason}; whole blocks were not timed")
 
 
 def test_kinds_of_blocks_are_decided_each_by_its_own_times_and_layers_that_had_the_recipe_keep_their_reason() -> None:
@@ -158,6 +162,11 @@ def test_under_delayed_scales_blocks_decide_only_where_no_layer_has_a_part_of_th
         found = settle_in_blocks(layers, {first[0]: (first[1], timed(1.1)), others[0]: (others[1], timed(0.5))})
         assert (found["blocks.1.mlp.up"].value == DELAYED[1]) == wins
         assert found["blocks.0.attention.output"].value == value
+        assert ("2.00x (2.00 to 2.00) as fast" in found["blocks.1.mlp.up"].reason) and (
+            found["blocks.1.mlp.up"].reason.endswith(
+                "but parts of the recipe remain in others, and codes are not handed on"
+            )
+        ) != wins
     layers = alone(outline(), values={"output": DELAYED[3]})
     assert {choice.value for choice in settled(layers, 0.5, recipe="fp8-delayed").values()} == {DELAYED[1]}
 
@@ -201,7 +210,21 @@ def test_the_timer_times_both_ways_and_draws_nothing_from_torchs_generator(
     recipe: str, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[Mapping[str, str]] = []
-    monkeypatch.setattr(block_timing, "prepared", lambda *way: (given.append(way[1]), prepared(*way))[1])
+    within: list[Precision] = []
+
+    @contextmanager
+    def switches(precision: Precision, device: torch.device) -> Iterator[None]:
+        within.append(precision)
+        yield
+        within.pop()
+
+    def watched(*way: Any) -> Transformer:
+        assert within == [Precision.parse("bf16-mixed")], "the numerics of torch are those of a training"
+        given.append(way[1])
+        return prepared(*way)
+
+    monkeypatch.setattr(block_timing, "torch_switches", switches)
+    monkeypatch.setattr(block_timing, "prepared", watched)
     before = torch.get_rng_state()
     config = dataclasses.replace(config, dropout=0.1)
     timer = BlockTimer(LayerTimer(CPU, micro_batches=2, rounds=LEAST_ROUNDS, hopeless=9.0))
@@ -213,7 +236,7 @@ def test_the_timer_times_both_ways_and_draws_nothing_from_torchs_generator(
     assert all(len(found) == LEAST_ROUNDS and min(found) > 0 for found in times.values())
 
 
-def test_a_failure_of_whatever_kind_is_no_times_and_leaves_torch_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_whatever_kind_gives_no_times_and_leaves_torch_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("a compiler")
 
@@ -222,7 +245,8 @@ def test_a_failure_of_whatever_kind_is_no_times_and_leaves_torch_as_it_was(monke
         with monkeypatch.context() as patch:
             patch.setattr(block_timing, what, fails)
             patch.setattr(LayerTimer, "__post_init__", lambda _: None)
-            assert BlockTimer(LayerTimer(CPU, graph=True, rounds=LEAST_ROUNDS))(stack_of("fp8")) == {}
+            with pytest.raises(NoTimes):
+                BlockTimer(LayerTimer(CPU, graph=True, rounds=LEAST_ROUNDS))(stack_of("fp8"))
     assert torch.equal(torch.get_rng_state(), before[0]) and torch.get_float32_matmul_precision() == before[1]
 
 

@@ -82,20 +82,23 @@ def test_attention_with_blocks_is_attention_and_is_compiled_once_for_all_documen
     assert compiled.frame_count == 1
 
 
-def test_blocks_are_for_what_was_measured():
-    assert fits_blocks(64, 1024, torch.bfloat16) and fits_blocks(96, SIDE + 1, torch.float16)
-    assert not fits_blocks(8, 1024, torch.bfloat16) and not fits_blocks(256, 1024, torch.bfloat16)
-    assert not fits_blocks(64, SIDE, torch.bfloat16) and not fits_blocks(64, 1024, torch.float32)
+def test_blocks_are_for_what_was_timed():
+    bf16, hopper = torch.bfloat16, (9, 0)
+    assert fits_blocks(64, 1024, bf16, hopper) and fits_blocks(96, 1025, torch.float16, (10, 0))
+    assert not fits_blocks(32, 1024, bf16, hopper) and not fits_blocks(256, 1024, bf16, hopper)
+    assert not fits_blocks(64, 1023, bf16, hopper) and not fits_blocks(64, 1024, torch.float32, hopper)
+    assert not fits_blocks(64, 1024, bf16, (8, 9))
 
 
 class OnGPU(Tensor):
     is_cuda = True
 
 
-def test_only_compiled_training_on_a_gpu_by_attention_of_ours_is_told_of_blocks():
-    documents = growing(1, 256, 60)
+def test_only_compiled_training_on_a_gpu_by_attention_of_ours_is_told_of_blocks(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    documents = growing(1, 1024, 60)
     on_gpu = documents.as_subclass(OnGPU)
-    config = ModelConfig(vocab_size=61, context=256, n_layer=2, n_head=2, n_embd=64)
+    config = ModelConfig(vocab_size=61, context=1024, n_layer=2, n_head=1, n_embd=64)
 
     def takes(model: Transformer, documents: Tensor = on_gpu) -> bool:
         return model._takes_blocks(documents, torch.bfloat16)
@@ -106,7 +109,12 @@ def test_only_compiled_training_on_a_gpu_by_attention_of_ours_is_told_of_blocks(
     assert takes(model) and not takes(model, documents)
     assert isinstance(model._mask(documents, torch.bfloat16), Tensor)
     assert not takes(model.eval()) and takes(model.train())
-    model.blocks[1].attention = torch.nn.Identity()
+    attention, block = model.blocks[1].attention, model.blocks[1]
+    model.blocks[1].attention = type("Theirs", (type(attention),), {})(64, 1, 1, True, False, 1e-5, 0.0)
+    assert not takes(model)
+    block.attention = attention
+    assert takes(model)
+    model.blocks[1] = type("Theirs", (type(block),), {})(config)
     assert not takes(model)
     dropping = Transformer(dataclasses.replace(config, dropout=0.1))
     dropping.compile_blocks()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,6 +82,43 @@ def test_the_clock_counts_our_own_cpp_once_and_only_while_it_runs(
     before = clock.seconds
     build(torch.ones(2), "after")
     assert clock.seconds == before
+
+
+def test_the_clock_counts_kernels_of_ours_by_tritons_listener_and_leaves_it_to_who_had_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch._dynamo.reset()
+    heard: list[bool] = []
+    compilation = SimpleNamespace(listener=lambda *, times, cache_hit: heard.append(cache_hit))
+    theirs = compilation.listener
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(knobs=SimpleNamespace(compilation=compilation)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    times = SimpleNamespace(total=2_500_000)  # microseconds
+    with CompileClock() as clock:
+        compilation.listener(times=times, cache_hit=False)
+        assert clock.take() == clock.seconds == 2.5 and heard == [False]
+        clock._begin()
+        compilation.listener(times=times, cache_hit=False)
+        clock._end()
+        assert clock.take() < 2.5  # torch's own time has it already
+    assert compilation.listener is theirs
+    with CompileClock():
+        compilation.listener = other = lambda **_: None  # somebody else's, set meanwhile
+    assert compilation.listener is other
+
+
+def test_a_compiler_that_is_reset_while_the_clock_runs_is_no_error() -> None:
+    with CompileClock() as clock:
+        torch._dynamo.reset()
+    assert clock.seconds >= 0
+
+
+def test_a_run_counts_its_own_compiling_and_not_that_of_the_process_before_it(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpp, "_compiling_s", 1e6)
+    summary = train(tiny(), quiet=True)
+    assert summary["compile_s"] is None or summary["compile_s"] < 1e3
 
 
 def test_only_failures_of_the_compiler_are_taken_for_such() -> None:

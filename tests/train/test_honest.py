@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,20 @@ def test_mfu_goes_by_the_tokens_a_second_that_are_reported(
     summary = train(config, quiet=True)
     flops = summary["mfu"] * 1e12 / summary["step_tok_per_s"]
     assert flops == pytest.approx(config.resolve_vocabulary(summary["data"]["vocab_size"]).model.flops_per_token())
+
+
+def test_mfu_counts_what_a_token_may_see_of_its_window(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("fewbits.train.trainer.device_peak", lambda *_: 1e12)
+    text = tmp_path / "short.jsonl"
+    text.write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(400)))
+    config = tiny(max_steps=4, data=str(text), mask_documents=True, context=64)
+    summary = train(config, quiet=True)
+    flops = summary["mfu"] * 1e12 / summary["step_tok_per_s"]
+    model = config.resolve_vocabulary(summary["data"]["vocab_size"]).model
+    # documents of 11 to 13 bytes with their end, some cut by a window
+    assert model.flops_per_token(9) < flops < model.flops_per_token(13) < model.flops_per_token()
 
 
 def test_steps_that_were_measured_apart_do_not_raise_the_reported_speed(tiny: Callable[..., Config]) -> None:

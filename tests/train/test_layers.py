@@ -20,7 +20,7 @@ from fewbits.errors import FewbitsError
 from fewbits.nn.block_timing import BlockTimer
 from fewbits.nn.candidates import BF16, Shape
 from fewbits.nn.layers import Layers
-from fewbits.nn.stacks import PICKED, WHOLE, Stack
+from fewbits.nn.stacks import PICKED, WHOLE, NoTimes, Stack
 from fewbits.nn.timing import LayerTimer, Times
 from fewbits.precision.recipe import RECIPES
 from fewbits.train.build import Training, build_training, open_data
@@ -198,7 +198,22 @@ def test_on_a_device_blocks_are_timed_in_the_way_of_the_run_and_a_failure_leaves
     monkeypatch.setattr(BlockTimer, "_times", fails)
     layers = choose_layers(decoder(), "int8", 32, mode="compiled", micro_batches=3, device="cpu", cache=tmp_path)
     assert asked == [LayerTimer(torch.device("cpu"), "compiled", 3)]
-    assert layers == chosen(tmp_path / "alone", Clock(outputs64=2), precision="int8")[0] and layers.lowbit
+    alone = chosen(tmp_path / "alone", Clock(outputs64=2), precision="int8")[0]
+    assert {name: choice.value for name, choice in layers.items()} == {n: c.value for n, c in alone.items()}
+    assert layers.lowbit and all("whole blocks were not timed" in choice.reason for choice in layers.values())
+
+
+def test_blocks_that_did_not_run_are_tried_again_and_time_is_limited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = BlockClock()
+    monkeypatch.setattr(BlockClock, "__call__", lambda *_: (_ for _ in ()).throw(NoTimes("memory is full")))
+    assert not chosen(tmp_path, blocks=blocks)[0].lowbit
+    monkeypatch.undo()
+    assert chosen(tmp_path, blocks=blocks)[0].lowbit and len(blocks.asked) == 1
+    monkeypatch.setattr("fewbits.train.layers.BLOCKS_S", 0.0)
+    assert chosen(tmp_path / "late", blocks=blocks)[0]["blocks.0.mlp.up"].reason.endswith("not timed")
+    assert len(blocks.asked) == 1
 
 
 def test_where_every_product_would_be_emulated_nothing_is_timed(tmp_path: Path) -> None:
