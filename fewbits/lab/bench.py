@@ -23,7 +23,7 @@ from fewbits.choice import Choice
 from fewbits.errors import FewbitsError
 from fewbits.lab.block import time_steps, warm_up
 from fewbits.lab.ceilings import Ceilings, measure_ceilings
-from fewbits.lab.floors import Floor, floors
+from fewbits.lab.floors import Floor, Linears, floors, linears_of
 from fewbits.lab.progress import Watch
 from fewbits.precision.hardware import Hardware, check, describe, native, native_matmul
 from fewbits.precision.precision import Precision
@@ -82,8 +82,8 @@ class Trial:
 
     def __init__(self, config: Config, precision: Precision, device: torch.device, compile: bool):
         self.device = device
-        layers = layers_of_run(config, precision, device, compile, None) or None
-        self.model, self.optimizer, self.step = build_step(config, precision, device, compile, layers)
+        self.layers = layers_of_run(config, precision, device, compile, None) or None
+        self.model, self.optimizer, self.step = build_step(config, precision, device, compile, self.layers)
         shape = (config.train.batch_size, config.model.context)
         tokens = torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
         self._batch: list[dict[str, Tensor]] = [
@@ -150,7 +150,7 @@ def bench_config(config: Config, device: torch.device) -> tuple[Config, list[str
         )
     if config.data.mask_documents:
         notes.append(
-            "A window is one document here: how many share one, which attention then skips, is up to the text."
+            "The recipe masks documents, and a window of the bench holds one: how many it has is up to the text."
         )
     per_row = config.model.flops_per_token() * config.model.context
     if device.type == "cpu" and rows * per_row > LARGEST_CPU_STEP:
@@ -235,7 +235,10 @@ class _Session:
         eta = f"  (about {left:.0f} s left)" if done < total else ""
         if row["status"] != "ok":
             return f"{row['precision']:<11} {row['status']}: {row['reason']}{eta}"
-        return f"{row['precision']:<11} {row['tok_per_s']:,.0f} tokens/s, {row['ms_per_step']:,.4g} ms a step{eta}"
+        layers = f"; {row['layers']}" if row["layers"] else ""
+        return (
+            f"{row['precision']:<11} {row['tok_per_s']:,.0f} tokens/s, {row['ms_per_step']:,.4g} ms a step{eta}{layers}"
+        )
 
     def _document(self, ceilings: Ceilings, left_out: dict[str, str], notes: list[str]) -> dict[str, Any]:
         model, train = self.config.model, self.config.train
@@ -267,8 +270,9 @@ class _Session:
         for row in (row for row in document["rows"] if row["status"] == "ok"):
             precision = Precision.parse(row["precision"])
             least = floors(
-                self.config.model, self.tokens, precision, self.hardware, self.device, ceilings, row["optimizer_bytes"]
-            )
+                self.config.model, self.tokens, precision, self.hardware, self.device, ceilings, row["optimizer_bytes"],
+                [Linears(**alike) for alike in row["linears"]],
+            )  # fmt: skip
             row["floor_ms"] = sum(floor.ms for floor in least.values())
             for entry in row["parts"]:
                 floor = least.get(entry["part"], Floor(0.0, "no rule knows these kernels"))
@@ -320,6 +324,8 @@ class _Session:
             "tok_per_s": rate,
             "mfu": mfu(self.flops, rate, device_peak(precision, self.device)),
             "optimizer_bytes": trial.optimizer_bytes(),
+            "layers": str(trial.layers) if trial.layers else "",
+            "linears": [alike._asdict() for alike in linears_of(trial.model)],
             "peak_memory_bytes": peak,
             "graph": {"value": bool(graph.value), "reason": graph.reason},
             "compile_s": clock.seconds if compile else None,

@@ -8,17 +8,20 @@ fused into another one: then its bytes are not moved at all.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from fewbits.formats import Format
 from fewbits.kernels.dispatch import matmul_execution
 from fewbits.lab.ceilings import Ceilings
-from fewbits.nn.transformer import ModelConfig
+from fewbits.nn.transformer import ModelConfig, Transformer
 from fewbits.precision.hardware import Hardware, native_matmul
 from fewbits.precision.precision import Precision
-from fewbits.precision.recipe import MATMULS
+from fewbits.precision.recipe import MATMULS, Recipe
 from fewbits.train.attribution import (
     ATTENTION_PART,
     COPIES,
@@ -45,6 +48,28 @@ def block_weights(model: ModelConfig) -> list[tuple[int, int]]:
     return [(D, qkv), (D, D), *[(D, model.ff)] * ups, (model.ff, D)]
 
 
+class Linears(NamedTuple):
+    """Linear layers of one shape that multiply by one recipe (canonical text, "" in the working format)."""
+
+    inputs: int
+    outputs: int
+    recipe: str
+    layers: int
+
+
+def linears_of(model: Transformer) -> list[Linears]:
+    """The linear layers of a prepared model's blocks, as they multiply."""
+    layers = (layer for layer in model.blocks.modules() if isinstance(layer, nn.Linear))
+    counts = Counter((layer.in_features, layer.out_features, getattr(layer, "recipe", "")) for layer in layers)
+    return [Linears(*shape, count) for shape, count in counts.items()]
+
+
+def uniform(model: ModelConfig, precision: Precision) -> list[Linears]:
+    """Those of a model whose every linear layer has the recipe of `precision`."""
+    recipe = str(precision.recipe) if precision.recipe else ""
+    return [Linears(*shape, recipe, model.n_layer) for shape in block_weights(model)]
+
+
 def floors(
     model: ModelConfig,
     tokens: int,
@@ -53,14 +78,17 @@ def floors(
     device: torch.device,
     ceilings: Ceilings,
     optimizer_bytes: int,
+    linears: Sequence[Linears] | None = None,
 ) -> dict[str, Floor]:
-    """Floor by part of a step over `tokens` tokens; optimizer_bytes: what clipping and update read and write."""
+    """Floor by part of a step over `tokens` tokens; optimizer_bytes: what clipping and update read and write. linears: what
+    the layers of blocks multiply by; None: all by the recipe of `precision`."""
+    linears = uniform(model, precision) if linears is None else linears
     native = matmul_execution(precision.operand, device).value == "native"
     operand = precision.operand if native else Format.parse("fp32")
     width = precision.working.bits // 8
     narrow = 1 if precision.head_recipe else width  # a gradient that is made as codes is never written otherwise
     return {
-        MATMUL: _matmuls(model, tokens, precision, hardware, operand, ceilings),
+        MATMUL: _matmuls(model, tokens, precision, linears, hardware, operand, ceilings),
         ATTENTION_PART: _attention(model, tokens, operand, ceilings),
         LOSS_PART: _moved(
             tokens * model.vocab_size * (width + narrow),
@@ -71,7 +99,9 @@ def floors(
             elementwise_bytes(model, tokens, width), "norms, activation and residuals in one pass each", ceilings
         ),
         QUANTIZATION: _moved(
-            quantized_bytes(model, tokens, precision, width), "operands read once, 1 byte each written", ceilings
+            quantized_bytes(model, tokens, precision, width, linears),
+            "operands read once, 1 byte each written",
+            ceilings,
         ),
         OPTIMIZER: _moved(
             optimizer_bytes, "gradients twice (norm, update), weights, masters and moments in and out", ceilings
@@ -86,18 +116,24 @@ def _moved(count: int, why: str, ceilings: Ceilings) -> Floor:
 
 
 def _matmuls(
-    model: ModelConfig, tokens: int, precision: Precision, hardware: Hardware, operand: Format, ceilings: Ceilings
+    model: ModelConfig,
+    tokens: int,
+    precision: Precision,
+    linears: Sequence[Linears],
+    hardware: Hardware,
+    operand: Format,
+    ceilings: Ceilings,
 ) -> Floor:
     """Three matmuls for every linear layer, each in the format it runs in; the head in the working one, or fp8."""
-    weights = model.n_layer * sum(k * o for k, o in block_weights(model))
-    head = model.vocab_size * model.n_embd
+    multiplied = [(precision.head_recipe, model.vocab_size * model.n_embd)]
+    multiplied += [(_recipe(alike), alike.layers * alike.inputs * alike.outputs) for alike in linears]
     flops: dict[str, float] = {}
-    for recipe, multiplied in ((precision.head_recipe, head), (precision.recipe, weights)):
+    for recipe, weights in multiplied:
         for name in MATMULS:
             matmul = getattr(recipe, name)
             few = matmul is not None and native_matmul(matmul, hardware).value
             format = matmul.left.format.name if few else operand.name
-            flops[format] = flops.get(format, 0.0) + 2.0 * tokens * multiplied
+            flops[format] = flops.get(format, 0.0) + 2.0 * tokens * weights
     seconds = sum(count / ceilings.matmul_rate(format) for format, count in flops.items())
     shown = " and ".join(
         f"{count / 1e12:,.3g} TFLOP in {format} at {ceilings.matmul_rate(format) / 1e12:,.4g} TFLOP/s"
@@ -129,12 +165,22 @@ def elementwise_bytes(model: ModelConfig, tokens: int, width: int) -> int:
     return tokens * width * (model.n_layer * (norms + activation + rotary) + 4 * D)
 
 
-def quantized_bytes(model: ModelConfig, tokens: int, precision: Precision, width: int) -> int:
-    """Bytes that quantizing the operands of few-bit matmuls moves: activations, gradients of outputs, weights; of an fp8 head,
-    whose gradient the loss makes as codes, hidden states and weight."""
-    sides = sum(k + o for k, o in block_weights(model))
-    weights = sum(k * o for k, o in block_weights(model))
-    elements = model.n_layer * (tokens * sides + weights) if precision.recipe else 0
+def quantized_bytes(
+    model: ModelConfig, tokens: int, precision: Precision, width: int, linears: Sequence[Linears]
+) -> int:
+    """Bytes that quantizing the operands of few-bit matmuls moves: activations, gradients of outputs, weights, each where a
+    matmul wants it; of an fp8 head, whose gradient the loss makes as codes, hidden states and weight."""
+    elements = 0
+    for alike in linears:
+        output, grad_input, grad_weight = (matmul is not None for matmul in _recipe(alike).matmuls)
+        activation = tokens * alike.inputs * (output or grad_weight)
+        gradient = tokens * alike.outputs * (grad_input or grad_weight)
+        weight = alike.inputs * alike.outputs * (output or grad_input)
+        elements += alike.layers * (activation + gradient + weight)
     if precision.head_recipe:
         elements += (tokens + model.vocab_size) * model.n_embd
     return (width + 1) * elements
+
+
+def _recipe(alike: Linears) -> Recipe:
+    return Recipe.parse(alike.recipe) if alike.recipe else Recipe()

@@ -66,7 +66,7 @@ def _why_bf16(text: str, ratio: Interval) -> str:
     how = f"{_speed(ratio)} with {matmuls_of(text)} in few bits"
     if ratio.low > 1:
         return f"bf16 is faster: {how}"
-    return f"bf16 is as fast: {how}, and {100 * MARGIN:g} % must be won"
+    return f"not shown to be faster: {how}, and {100 * MARGIN:g} % must be won"
 
 
 def _speed(ratio: Interval) -> str:
@@ -174,8 +174,8 @@ class Layers(Mapping[str, Choice]):
         low = [f"{count} of {len(self)} in {how}" for how, count in counts.items() if how]
         if not low:
             reasons = {group.choice.reason for group in self.groups}
-            why = reasons.pop() if len(reasons) == 1 else "it is as fast here, or faster"
-            return f"all {len(self)} linear layers stay in bf16: {why}"
+            why = reasons.pop() if len(reasons) == 1 else "nothing was shown to be faster"
+            return f"all {len(self)} linear layers that the recipe takes stay in bf16: {why}"
         rest = [f"{counts['']} in bf16"] if "" in counts else []
         return "; ".join([f"linear layers: {', '.join([*low, *rest])}", *self._worth_in_blocks(), *self._worth_alone()])
 

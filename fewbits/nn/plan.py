@@ -119,15 +119,21 @@ def _exceptions(
             raise FewbitsError(f"keep {text!r}: parameters are stored in fp32, bf16, fp16 or fp64, not {format.name}.")
         matched = [n for n in names if any(fnmatchcase(prefix, pattern) for prefix in _prefixes(n))]
         if not matched:
-            hint = nearest(pattern, names) or f" Modules with parameters are {', '.join(names[:8])}."
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            hint = nearest(pattern, names) or f" Modules with parameters are {', '.join(names[:8])}{more}."
+            if pattern in ("head", "lm_head") and "embed" in names and isinstance(model, Transformer):
+                hint = " Its head is tied: it multiplies the weight of 'embed'."
             raise FewbitsError(f"keep {text!r} matches no module of the model.{hint}")
         if precision.recipe and not format_name:
             kept_out.update(matched)
         else:
             found.update({name: (format, f"named by keep {text!r}") for name in matched})
+    if precision.working.bits >= 32:  # every parameter is kept so
+        found = {name: (format, why) for name, (format, why) in found.items() if format != precision.working}
     if found and precision.working.bits >= 32:
+        format = next(iter(found.values()))[0]
         raise FewbitsError(
-            f"{precision} keeps every parameter in {precision.working}; keep= has nothing to except there."
+            f"{precision} keeps every parameter in {precision.working}, and keep asks for {format}: leave it out."
         )
     return found, kept_out
 

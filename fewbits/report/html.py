@@ -183,15 +183,20 @@ def _cards(record: RunRecord) -> list[dict[str, str]]:
     perplexity = s.get("perplexity", last_eval.get("perplexity"))
     speed = s.get("tok_per_s", last.get("tok_per_s"))
     mfu = s.get("mfu", last.get("mfu"))
+    compiling = f"{duration(s['compile_s'])} of it" if s.get("compile_s") else "none of it"
     cards = [
         ("held-out bits per byte", value_text(bits), "lower is better"),
         ("held-out loss", value_text(val_loss), f"perplexity {value_text(perplexity, 2)}"),
         ("training loss of the last step", value_text(train_loss), ""),
-        ("tokens a second", count(speed), f"{value_text(s.get('ms_per_step', last.get('ms')), 1)} ms a step"),
+        ("tokens a second", count(speed), f"all in; {value_text(s.get('ms_per_step', last.get('ms')), 1)} ms a step"),
         ("MFU", f"{100 * mfu:.1f} %" if mfu else "not known", "model FLOPs over the device's peak"),
         ("peak memory", of_bytes(s.get("peak_memory_bytes", last.get("memory_bytes"))), ""),
         ("skipped steps", count(s.get("skipped_steps", last.get("skipped", 0))), "withheld for non-finite gradients"),
-        ("wall time", duration(s.get("wall_s")), ""),
+        (
+            "wall time",
+            duration(s.get("wall_s")),
+            f"{compiling} compiling; set-up of {duration(s.get('setup_s'))} before it",
+        ),
     ]
     return [{"name": name, "value": value, "beside": beside} for name, value, beside in cards]
 

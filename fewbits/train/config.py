@@ -138,7 +138,7 @@ class Config:
     """A name (bf16-mixed, fp8, int4-qat) with overrides (`bf16-mixed, master=fp32`), or a recipe (`output=e4m3/row`); fp8-auto
     keeps in bf16 what fp8 does not speed up; auto times fp32, tf32 and 16 bits."""
     keep: str = ""
-    """Modules that stay out of the recipe (without one: in fp32), by name patterns between commas: `head,blocks.0.*`; `blocks.3=fp32` stores one in a format of its own."""  # noqa: E501
+    """Modules that stay out of the recipe (without one: in fp32), by name patterns between commas: `blocks.0.*,*.mlp.down`; `blocks.3=fp32` stores one in a format of its own."""  # noqa: E501
     model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=0))
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -32,6 +32,8 @@ _COLUMNS: tuple[tuple[str, str, int, Callable[[Any], str]], ...] = (
     ("memory_bytes", "memory", 8, lambda x: size(x)),
 )
 
+SETUP_S = 10.0  # set-up that takes so long is worth a word
+
 
 def power(value: float) -> str:
     """A power of two as people write it; other numbers as they are.
@@ -261,6 +263,10 @@ def show_summary(display: Display, summary: Mapping[str, Any], wrote: Iterable[s
         display.fact("held out", held_out(summary).removeprefix("held out: ") + beside(summary["compression"]))
     skipped = summary["skipped_steps"]
     speed = "-" if not summary["tok_per_s"] else f"{summary['tok_per_s']:,.0f} tokens/s over the whole time"
+    if (compiling := summary.get("compile_s") or 0.0) >= 1:
+        speed += f" ({compiling:.0f} s of it compiling)"
+    if summary.get("setup_s", 0.0) >= SETUP_S:
+        speed += f" after {summary['setup_s']:.0f} s of set-up"
     if summary.get("ms_per_step"):
         speed += f", {summary['ms_per_step']:,.1f} ms a step"
     if summary.get("mfu") is not None:

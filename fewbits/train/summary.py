@@ -54,9 +54,13 @@ def introduce(
     parallel = config.train.batch_size // config.train.micro_batches
     for number, sentence in enumerate(slow_shapes(model, parallel, training.device, training.precision)):
         display.fact("slow shapes" if number == 0 else "", sentence)
-    known = f"the peak is {peak / 1e12:,.0f} TFLOP/s" if peak else "the peak of this device is not known: null"
-    seen, context = training.batches.visible_context, config.model.context
-    within = f", {seen:,.0f} of {context:,} within documents" if seen < context else ""
+    known = (
+        f"the peak is {peak / 1e12:,.0f} TFLOP/s"
+        if peak
+        else "the peak of this device is not known, so mfu stays empty"
+    )
+    seen, masked = training.batches.visible_context, config.data.mask_documents
+    within = f" (T = {seen:,.1f}: documents do not see each other)" if masked else ""
     display.fact("mfu", f"{FORMULA}{within}; {known}")
     display.table(table, indent=27)
 
@@ -100,10 +104,11 @@ def summarize(run: Run, status: str, reason: str) -> dict[str, Any]:
         "ms_per_step": ms,
         "mfu": mfu(run.flops, step_rate, run.peak),
         "mfu_formula": FORMULA,
+        "mfu_context": training.batches.visible_context,
         "peak_flops": run.peak,
         "wall_s": wall,
         "setup_s": run.setup_s,
-        "compile_s": run.clock.seconds if run.clock.seconds or training.choices.compile.value else None,
+        "compile_s": run.compile_s() if run.compile_s() or training.choices.compile.value else None,
         "peak_memory_bytes": run.meter.peak(),
         "memory": run.meter.roles(),
         "resident_bytes": resident_bytes(),

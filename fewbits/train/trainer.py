@@ -117,6 +117,7 @@ class Run:
         self.meter = training.memory_meter()
         self.watch = Stopwatch()
         self.clock = CompileClock()
+        self.compiled_before: float = before.get("compile_s", 0.0)
         self.may_fall_back = False
         self.profiler: StepProfiler | None = None
         self.step_s, self.timed_steps = 0.0, 0
@@ -304,9 +305,11 @@ class Run:
         self.last = entry
         self.record.metrics(entry)
         if self.clock.seconds and one.number == self.first + 1:
-            by_torch = self.training.choices.compile.value  # else kernels of ours alone
-            kept = f"; kept in {keep_compiled_code(self.config.data.cache)}" if by_torch else ""
-            self.display.fact("compiled", f"in {self.clock.seconds:.1f} s, not in the steps' times{kept}")
+            took = f"in {self.clock.seconds:.1f} s, not in the steps' times; kept in"
+            if self.training.choices.compile.value:
+                self.display.fact("compiled", f"{took} {keep_compiled_code(self.config.data.cache)}")
+            else:
+                self.display.fact("kernels", f"of fewbits compiled {took} the cache")
         self.display.step(entry)
 
     def _evaluate(self) -> None:
@@ -358,6 +361,7 @@ class Run:
             "wall_s": self.wall(),
             "step_s": self.steps_before + self.step_s,
             "timed_steps": self.timed_before + self.timed_steps,
+            "compile_s": self.compile_s(),
             "compression": self.compression,
             "last": self.last,
             "evaluation": self.evaluation,
@@ -366,6 +370,10 @@ class Run:
     def wall(self) -> float:
         """Seconds of the loop so far, those of earlier sessions up to their checkpoint included."""
         return self.wall_before + time.perf_counter() - self.began
+
+    def compile_s(self) -> float:
+        """Seconds of compiling in `wall`."""
+        return self.compiled_before + self.clock.seconds
 
     def _introduce(self) -> None:
         """Says and records what is about to be trained, on what, how, and why so."""

@@ -11,14 +11,17 @@ import pytest
 import torch
 
 import fewbits
+from fewbits.choice import Choice
 from fewbits.errors import FewbitsError
 from fewbits.lab import bench as lab
 from fewbits.lab.bench import bench, bench_config, native_precisions, part_times
 from fewbits.lab.ceilings import Ceilings, measure_ceilings
-from fewbits.lab.floors import elementwise_bytes, floors, quantized_bytes
-from fewbits.nn.transformer import ModelConfig
+from fewbits.lab.floors import elementwise_bytes, floors, linears_of, quantized_bytes, uniform
+from fewbits.nn.prepare import prepare
+from fewbits.nn.transformer import ModelConfig, Transformer
 from fewbits.precision.hardware import Hardware, describe
 from fewbits.precision.precision import Precision
+from fewbits.precision.recipe import Recipe
 from fewbits.train.attribution import ATTENTION_PART, GAPS, LOSS_PART, MATMUL, OPTIMIZER, QUANTIZATION, UNKNOWN
 from fewbits.train.config import Config, load_recipe
 from fewbits.train.trace import Breakdown
@@ -108,7 +111,7 @@ def test_a_step_is_one_micro_batch_and_smaller_where_a_cpu_would_take_minutes() 
     config, notes = bench_config(load_recipe("gpt2-124m"), torch.device("cpu"))
     assert config.train.batch_size == 1 and "1 of 32 sequences" in notes[1]
     _, notes = bench_config(load_recipe("llama-1b"), torch.device("cuda"))
-    assert any("one document" in note for note in notes)  # the recipe masks documents, the bench has none
+    assert any("masks documents" in note for note in notes)  # the recipe masks documents, the bench has none
 
 
 def test_parts_on_cuda_keep_their_time_and_the_gap_is_the_rest() -> None:
@@ -143,7 +146,27 @@ def test_bytes_of_the_elementwise_part_are_those_of_fused_passes() -> None:
     model = ModelConfig(vocab_size=64, n_layer=1, n_embd=8, n_head=1, n_ff=32, context=4)
     # two fused add-and-norm passes (4 D each way), GELU (2 F forward, 3 F backward), the embedding
     assert elementwise_bytes(model, tokens=1, width=2) == 2 * (16 * 8 + 5 * 32 + 4 * 8)
-    assert quantized_bytes(model, 1, Precision.parse("fp32"), 4) == 0
+    assert quantized_bytes(model, 1, Precision.parse("fp32"), 4, uniform(model, Precision.parse("fp32"))) == 0
+
+
+def test_floors_go_by_what_each_layer_multiplies_in() -> None:
+    config = ModelConfig(vocab_size=64, n_layer=2, n_embd=64, n_head=2, context=16)
+    precision, output = Precision.parse("fp8, layers=auto"), "output=e4m3/tensor x e4m3/tensor"
+    names = [
+        f"blocks.{i}.{layer}" for i in range(2) for layer in ("attention.qkv", "attention.output", "mlp.up", "mlp.down")
+    ]
+    chosen = dict.fromkeys(names, Choice("bf16", "a test")) | {"blocks.1.mlp.up": Choice(output, "a test")}
+    found = linears_of(prepare(Transformer(config), precision, layers=chosen))
+    up = next(alike for alike in found if alike.recipe)
+    assert (up.inputs, up.outputs, up.layers) == (64, 256, 1) and Recipe.parse(up.recipe) == Recipe.parse(output)
+    assert sum(alike.layers for alike in found) == 8
+    # activation and weight are quantized, the gradient is not: a byte and two more an element
+    assert quantized_bytes(config, 100, precision, 2, found) == 3 * (100 * 64 + 64 * 256)
+    arguments = (H100, torch.device("cpu"), CARD, 0)
+    least, whole = (floors(config, 100, precision, *arguments, linears) for linears in (found, None))
+    few = least[MATMUL].why.split(" and ")[-1]
+    assert few.startswith(f"{2 * 100 * 64 * 256 / 1e12:,.3g} TFLOP in fp8_e4m3")
+    assert whole[QUANTIZATION].ms > least[QUANTIZATION].ms and whole[MATMUL].ms < least[MATMUL].ms
 
 
 def test_ceilings_of_this_machine_are_measured_and_the_better_of_two_counts(monkeypatch: pytest.MonkeyPatch) -> None:

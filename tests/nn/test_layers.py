@@ -203,7 +203,7 @@ def test_one_line_says_what_was_chosen_and_what_it_is_worth() -> None:
         "linear layers: 2 of 3 in output and grad_input, 1 in bf16; 4 ms a step in them instead of 6, saves 2 ms (2 to 2), "
         "1.50x (1.50 to 1.50)"
     )
-    assert str(chosen(0, 0)) == "all 3 linear layers stay in bf16: nothing else ran here"
+    assert str(chosen(0, 0)) == "all 3 linear layers that the recipe takes stay in bf16: nothing else ran here"
     assert (chosen(2, 0).ms, chosen(2, 0).bf16_ms, chosen(2, 0).lowbit) == (Interval(4.0, 4.0, 4.0), 6.0, True)
 
 

@@ -115,6 +115,21 @@ def test_the_way_of_multiplying_comes_with_a_reason():
     assert choice.value in ("native", "emulated") and len(choice.reason) > 10
 
 
+def test_a_keep_that_asks_for_what_fp32_does_anyway_is_granted_and_another_format_refused():
+    model = fewbits.prepare(Foreign(), "fp32", keep=["out", "norm=fp32"])
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    with pytest.raises(FewbitsError, match="keeps every parameter in fp32, and keep asks for bf16"):
+        fewbits.prepare(Foreign(), "fp32", keep=["out=bf16"])
+
+
+def test_a_keep_that_matches_nothing_says_what_there_is_and_how_much_more():
+    config = fewbits.ModelConfig(vocab_size=61, context=16, n_layer=2, n_head=2, n_embd=32)
+    with pytest.raises(FewbitsError, match=r"Its head is tied: it multiplies the weight of 'embed'"):
+        fewbits.prepare(fewbits.Transformer(config), "bf16-mixed", keep=["head"])
+    with pytest.raises(FewbitsError, match=r"mlp\.down and \d+ more"):
+        fewbits.prepare(fewbits.Transformer(config), "bf16-mixed", keep=["zzzzzz"])
+
+
 @pytest.mark.parametrize(
     ("keep", "said"),
     [(["lm_haed"], "matches no module"), (["out=int3"], "format|stored"), (["out=fp8_e4m3"], "stored in")],

@@ -219,7 +219,7 @@ def test_blocks_that_did_not_run_are_tried_again_and_time_is_limited(
 def test_where_every_product_would_be_emulated_nothing_is_timed(tmp_path: Path) -> None:
     layers = choose_layers(model(), "mxfp8", 32, device="cpu", cache=tmp_path)
     assert not layers.lowbit and not list(tmp_path.iterdir())
-    assert str(layers).startswith("all 3 linear layers stay in bf16: nothing to win")
+    assert str(layers).startswith("all 3 linear layers that the recipe takes stay in bf16: nothing to win")
     prepared = fewbits.prepare(model(), "mxfp8-auto", layers=layers)
     assert {row[2] for row in prepared.fewbits_report.rows} == {"kept in bf16"}
 
@@ -308,7 +308,9 @@ def test_the_whole_trainer_records_shows_and_resumes_the_choice(
     config = replace(auto, train=replace(auto.train, max_steps=4, stop_at=2))
     summary = train(config)
     shown = capsys.readouterr().out
-    assert shown.count("linear layers stay in bf16") == 1, "fp8 is emulated on a CPU: there is nothing to win"
+    assert shown.count("linear layers that the recipe takes stay in bf16") == 1, (
+        "fp8 is emulated on a CPU: there is nothing to win"
+    )
     entries = [entry for entry in summary["choices"] if entry["what"].startswith("layers")]
     assert len(entries) == 4 and {entry["value"] for entry in entries} == {BF16}
     out = Path(config.train.out_dir)
