@@ -93,7 +93,8 @@ def test_there_is_nothing_to_time_where_all_chose_the_recipe_or_the_model_is_not
         pass
 
     with torch.device("meta"):
-        models = [Own(GPT), outline(), outline(), outline()]
+        models = [Own(GPT), outline(), outline(), outline(), outline()]
+        models[4].blocks[0].mlp.up = type(models[4].blocks[0].mlp.up)(64, 192)  # of another width than the config's
         models[1].blocks[1].mlp = torch.nn.Identity()
         models[2].blocks[1].norm1 = torch.nn.LayerNorm(64)
         models[3].blocks[2].mlp.up.register_forward_hook(lambda *_: None)

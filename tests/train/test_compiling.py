@@ -121,6 +121,15 @@ def test_a_run_counts_its_own_compiling_and_not_that_of_the_process_before_it(
     assert summary["compile_s"] is None or summary["compile_s"] < 1e3
 
 
+def test_a_resumed_run_adds_up_its_compiling_as_it_does_its_time(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CompileClock, "seconds", property(lambda _: 7.0))
+    first = train(tiny(stop_at=3), quiet=True)
+    assert first["compile_s"] == 7.0
+    assert train(tiny(), resume=tmp_path / "run", quiet=True)["compile_s"] == 14.0
+
+
 def test_only_failures_of_the_compiler_are_taken_for_such() -> None:
     from torch._inductor.exc import InvalidCxxCompiler
 
