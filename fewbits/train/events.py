@@ -118,6 +118,7 @@ class Display:
         self._lines = 0
         self._began = time.monotonic()
         self._first = self._total = self._done = 0
+        self._compiling_s = 0.0
 
     def line(self, text: str, style: str = "") -> None:
         """One line as it stands: no markup, no wrapping where nobody's terminal needs it."""
@@ -196,13 +197,15 @@ class Display:
             self._bar.start()
 
     def eta(self) -> float | None:
-        """Seconds until the last step at the pace since `begin`, evaluations included; None before the first step."""
+        """Seconds until the last step at the pace since `begin`, evaluations included and compiling, which does not come
+        again, left out; None before the first step."""
         steps = self._done - self._first
-        return (time.monotonic() - self._began) / steps * (self._total - self._done) if steps else None
+        gone = max(0.0, time.monotonic() - self._began - self._compiling_s)
+        return gone / steps * (self._total - self._done) if steps else None
 
-    def advance(self, done: int) -> None:
-        """Step `done` has been handed to the device."""
-        self._done = done
+    def advance(self, done: int, compiling_s: float = 0.0) -> None:
+        """Step `done` has been handed to the device. compiling_s: seconds that compilers have taken since `begin`."""
+        self._done, self._compiling_s = done, compiling_s
         if self._bar is not None:
             self._bar.update(self._task, completed=done, eta=self.eta())
 

@@ -59,9 +59,10 @@ def introduce(
         if peak
         else "the peak of this device is not known, so mfu stays empty"
     )
-    seen, masked = training.batches.visible_context, config.data.mask_documents
-    within = f" (T = {seen:,.1f}: documents do not see each other)" if masked else ""
-    display.fact("mfu", f"{FORMULA}{within}; {known}")
+    if config.data.mask_documents:
+        seen = f"T is {training.batches.visible_context:,.1f} of {model.context:,} on average"
+        display.fact("documents", f"do not see each other where they share a window: {seen}")
+    display.fact("mfu", f"{FORMULA}; {known}")
     display.table(table, indent=27)
 
 

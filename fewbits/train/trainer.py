@@ -216,7 +216,7 @@ class Run:
         self.unlogged_steps += not apart
         self.timed_steps += not apart
         self.waiting.add(self.done, result, self.training.step.latched)
-        self.display.advance(self.done)
+        self.display.advance(self.done, self.clock.seconds)
         return result
 
     def _execute(self, measure: bool, profiled: bool) -> StepResult:

@@ -23,6 +23,20 @@ def _console(width: int, terminal: bool, encoding: str = "utf-8") -> tuple[Conso
     return Console(file=file, width=width, force_terminal=terminal, color_system=None, legacy_windows=False), raw
 
 
+def test_the_time_that_is_left_goes_by_steps_and_not_by_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("fewbits.train.events.time.monotonic", lambda: now[0])
+    display = Display(quiet=True)
+    display.begin(0, 10)
+    assert display.eta() is None
+    now[0] += 30.5
+    display.advance(1, compiling_s=30.0)
+    assert display.eta() == pytest.approx(4.5)
+    now[0] += 0.5
+    display.advance(2, compiling_s=30.0)
+    assert display.eta() == pytest.approx(4.0)
+
+
 def test_a_logged_step_fits_80_columns_and_its_heading_stands_above_it() -> None:
     line = step_line(ENTRY)
     assert len(line) == len(HEADING) <= 80
