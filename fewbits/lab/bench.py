@@ -305,7 +305,7 @@ class _Session:
         config = replace(self.config, precision=str(precision))
         trial = Trial(config, precision, self.device, compile)
         meter = MemoryMeter(trial.model, trial.optimizer, self.device, 1, trial.step.graph)
-        with CompileClock() if compile else _NoClock() as clock:
+        with CompileClock(compile) as clock:
             warm_up(trial, meter)
         pieces, steps, _ = time_steps(trial, self.seconds, least_steps=4)
         ms = 1e3 * mean(pieces)  # not the median: tokens over it are those of a second
@@ -332,13 +332,6 @@ class _Session:
             "parts": [{"part": part, "ms": times[part]} for part in (*PARTS, UNKNOWN) if part in times],
             "profile": found.to_json(),
         }
-
-
-class _NoClock(CompileClock):
-    """Nothing is compiled: the compiler is not even imported."""
-
-    def __enter__(self) -> CompileClock:
-        return self
 
 
 def part_times(found: Breakdown, ms: float) -> dict[str, float]:

@@ -38,13 +38,15 @@ def keep_compiled_code(cache: str | None = None) -> Path:
 
 
 class CompileClock:
-    """Seconds that compilers worked while the clock was running: `with CompileClock() as clock: ...`.
+    """Seconds that compilers worked while the clock was running: `with CompileClock(by_torch) as clock: ...`.
 
     torch's by its own callbacks, around every graph and every backward that is compiled late; Triton's by its listener, for
-    kernels of ours that no graph of torch's brings along; and that of our C++.
+    kernels of ours that no graph of torch's brings along; and that of our C++. by_torch: whether torch's is used: to listen to
+    it imports it, which takes a second.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, by_torch: bool = True) -> None:
+        self._by_torch = by_torch
         self._seconds, self._taken = 0.0, 0.0
         self._since: float | None = None
         self._cpp_s = math.inf  # of this process when it was last looked at; not running, the clock sees nothing new
@@ -59,13 +61,8 @@ class CompileClock:
     def __enter__(self) -> CompileClock:
         self._cpp_s = compiling_s()
         self._stack.callback(self._count_cpp)
-        try:
-            from torch._dynamo.callback import callback_handler
-        except ImportError:  # another version of torch: the time stays in the first step
-            return self
-        callback_handler.register_start_callback(self._begin)
-        callback_handler.register_end_callback(self._end)
-        self._stack.callback(self._stop_listening, callback_handler)
+        if self._by_torch:
+            self._stack.enter_context(self._listening_to_torch())
         if torch.cuda.is_available():
             self._stack.enter_context(self._listening_to_triton())
         return self
@@ -73,11 +70,6 @@ class CompileClock:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
         self._cpp_s = math.inf
-
-    def _stop_listening(self, handler: Any) -> None:
-        with suppress(ValueError):  # somebody reset the compiler, and with it who listens
-            handler.remove_start_callback(self._begin)
-            handler.remove_end_callback(self._end)
 
     def take(self) -> float:
         """Seconds since the last `take`."""
@@ -98,6 +90,22 @@ class CompileClock:
         if self._since is None and (new := compiling_s() - self._cpp_s) > 0:
             self._seconds += new
             self._cpp_s += new
+
+    @contextmanager
+    def _listening_to_torch(self) -> Iterator[None]:
+        try:
+            from torch._dynamo.callback import callback_handler
+        except ImportError:  # another version of torch: the time stays in the first step
+            yield
+            return
+        callback_handler.register_start_callback(self._begin)
+        callback_handler.register_end_callback(self._end)
+        try:
+            yield
+        finally:
+            with suppress(ValueError):  # somebody reset the compiler, and with it who listens
+                callback_handler.remove_start_callback(self._begin)
+                callback_handler.remove_end_callback(self._end)
 
     @contextmanager
     def _listening_to_triton(self) -> Iterator[None]:

@@ -82,7 +82,7 @@ def summarize(run: Run, status: str, reason: str) -> dict[str, Any]:
     timed_tokens = (run.timed_before + run.timed_steps) * training.tokens_per_step
     rate = tokens / wall if wall > 0 and tokens else None
     ms = median(run.logged_ms) if run.logged_ms else None
-    graph = training.step.graph_outcome
+    graph, compiling = training.step.graph_outcome, run.compile_s()
     step_rate = timed_tokens / step_s if step_s > 0 else None
     return {
         "status": status,
@@ -109,7 +109,7 @@ def summarize(run: Run, status: str, reason: str) -> dict[str, Any]:
         "peak_flops": run.peak,
         "wall_s": wall,
         "setup_s": run.setup_s,
-        "compile_s": run.compile_s() if run.compile_s() or training.choices.compile.value else None,
+        "compile_s": compiling if compiling or training.choices.compile.value else None,
         "peak_memory_bytes": run.meter.peak(),
         "memory": run.meter.roles(),
         "resident_bytes": resident_bytes(),

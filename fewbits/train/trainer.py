@@ -116,7 +116,7 @@ class Run:
         )
         self.meter = training.memory_meter()
         self.watch = Stopwatch()
-        self.clock = CompileClock()
+        self.clock = CompileClock(training.choices.compile.value)
         self.compiled_before: float = before.get("compile_s", 0.0)
         self.may_fall_back = False
         self.profiler: StepProfiler | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -105,6 +106,14 @@ def test_the_clock_counts_kernels_of_ours_by_tritons_listener_and_leaves_it_to_w
     with CompileClock():
         compilation.listener = other = lambda **_: None  # somebody else's, set meanwhile
     assert compilation.listener is other
+
+
+def test_a_clock_without_torchs_compiler_does_not_import_it() -> None:
+    code = (
+        "import sys\nfrom fewbits.train.trainer import CompileClock\nwith CompileClock(False) as clock: clock.take()\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_compiler_that_is_reset_while_the_clock_runs_is_no_error() -> None:
