@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +27,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(ROOT))
 
+from levers import documents, wait
+
 from fewbits.nn.documents import block_mask, document_mask
-from fewbits.nn.timing import clock
+from fewbits.nn.timing import clock, race
 
 WORKS = {  # B, query heads, key heads, T, d
     "gpt2-124m": (32, 12, 12, 1024, 64),
@@ -43,13 +47,6 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 DTYPE = torch.bfloat16
-
-
-def documents(B: int, T: int, length: int, device: torch.device) -> Tensor:
-    """int [B, T], counting documents whose lengths are exponential with mean `length`."""
-    generator = torch.Generator().manual_seed(0)
-    begins = torch.rand(B, T, generator=generator) < 1 / length
-    return begins.cumsum(1).to(device)
 
 
 def by_torch(backend: SDPBackend | None, mask: Tensor | None, heads: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -114,29 +111,28 @@ def measure(work: tuple[int, ...], length: int, device: torch.device, rounds: in
     torch.manual_seed(0)
     product = torch.randn(B, T, H + 2 * G, d, device=device, dtype=DTYPE).requires_grad_()
     grad = torch.randn(B, T, H, d, device=device, dtype=DTYPE).transpose(1, 2)
-    ids = documents(B, T, length, device) if length else None
+    ids = documents((B, T), length, device)["documents"] if length else None
     mask = None if ids is None else document_mask(ids)
-    kernels = {name: by_torch(backend, mask, H) for name, backend in BACKENDS.items()}
+    makers: dict[str, Callable[[], Callable[..., Tensor]]] = {
+        **{name: partial(by_torch, backend, mask, H) for name, backend in BACKENDS.items()},
+        "packed": partial(packed, ids, B, T, device),
+        "flex": partial(flex, ids, B, T, device),
+    }
     found: dict[str, Any] = {}
-    for name, make in (("packed", packed), ("flex", flex)):
-        try:
-            kernels[name] = make(ids, B, T, device)
-        except Exception as error:
-            found[name] = {"error": str(error).splitlines()[0][:200]}
     steps: dict[str, Callable[[], None]] = {}
     base: Tensor | None = None
-    for name, kernel in kernels.items():
-
-        def step(kernel: Callable[..., Tensor] = kernel) -> None:
-            product.grad = None
-            q, k, v = (x.transpose(1, 2) for x in product.split([H, G, G], 2))
-            kernel(q, k, v).backward(grad)
-
+    for name, make in makers.items():
         try:
+            kernel = make()
+
+            def step(kernel: Callable[..., Tensor] = kernel) -> None:
+                product.grad = None
+                q, k, v = (x.transpose(1, 2) for x in product.split([H, G, G], 2))
+                kernel(q, k, v).backward(grad)
+
             for _ in range(3):
                 step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            wait(device)
         except Exception as error:
             found[name] = {"error": (str(error).splitlines() or [""])[0][:200]}
             continue
@@ -146,10 +142,7 @@ def measure(work: tuple[int, ...], length: int, device: torch.device, rounds: in
         steps[name] = step
     calls = 1 if device.type == "cpu" else 5
     clocks = {name: clock(step, calls, device) for name, step in steps.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, taken in clocks.items():
-            times[name].append(taken())
+    times = race(clocks, next(iter(BACKENDS)), rounds, budget_s=math.inf)
     for name, values in times.items():
         found[name] |= {"ms": round(statistics.median(values), 4), "spread": round(max(values) / min(values) - 1, 3)}
     return found

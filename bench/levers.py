@@ -5,8 +5,8 @@
 
 A case is overrides of the recipe, separated by commas, and cases by semicolons; `+` stands for the comma inside of a precision.
 `compile=no|blocks|auto` says how much of the model is compiled at once, `split=no` puts the gradients of q, k and v side by
-side. `documents=N` cuts windows into documents of N tokens on average, which do not see each other; `mask=pairs` tells it pair
-by pair also where blocks would do. Whole steps (forward, backward, clipping, AdamW with exact master weights)
+side. `documents=N` cuts windows into documents of N tokens on average, which do not see each other; `mask=pairs` has
+attention told so pair by pair where blocks would do. Whole steps (forward, backward, clipping, AdamW with exact master weights)
 on random tokens that lie on the device.
 `--profile N` adds the N kernels that take the longest.
 """
@@ -53,7 +53,7 @@ def build(recipe: str, case: str, device: torch.device) -> tuple[Any, int]:
     ids = torch.randint(config.model.vocab_size, (batch, config.model.context + 1), generator=generator).to(device)
     whole = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
     if length := int(own.get("documents", 0)):
-        whole |= packed(whole["input_ids"].shape, length, device)
+        whole |= documents(whole["input_ids"].shape, length, device)
     pieces = {key: value.chunk(parts) for key, value in whole.items()}
     micro_batches = [{key: pieces[key][i].contiguous() for key in pieces} for i in range(parts)]
 
@@ -64,7 +64,7 @@ def build(recipe: str, case: str, device: torch.device) -> tuple[Any, int]:
     return take, batch * config.model.context
 
 
-def packed(shape: tuple[int, int], length: int, device: torch.device) -> dict[str, torch.Tensor]:
+def documents(shape: tuple[int, int], length: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Documents and positions [B, T] of windows that were cut from documents of `length` tokens on average (exponential)."""
     begins = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 1 / length
     begins[:, 0] = True

@@ -7,6 +7,7 @@ by a keyed permutation (a Feistel network with cycle walking: O(1) memory and ti
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -94,7 +95,7 @@ class Batches:
         """Tokens of the stream: what endless training would see, again and again."""
         return len(self.tokens)
 
-    @property
+    @cached_property
     def visible_context(self) -> float:
         """Tokens of causal context that cost attention as much as these windows do: the mean of a token's document in its
         window, where documents do not see each other (of an epoch that begins with the first token)."""

@@ -41,13 +41,6 @@ class Floor(NamedTuple):
     why: str
 
 
-def block_weights(model: ModelConfig) -> list[tuple[int, int]]:
-    """(inputs K, outputs O) of the linear layers of one block."""
-    D, qkv = model.n_embd, (model.n_head + 2 * model.kv_heads) * model.head_dim
-    ups = 2 if model.activation == "swiglu" else 1
-    return [(D, qkv), (D, D), *[(D, model.ff)] * ups, (model.ff, D)]
-
-
 class Linears(NamedTuple):
     """Linear layers of one shape that multiply by one recipe (canonical text, "" in the working format)."""
 
@@ -64,12 +57,6 @@ def linears_of(model: Transformer) -> list[Linears]:
     return [Linears(*shape, count) for shape, count in counts.items()]
 
 
-def uniform(model: ModelConfig, precision: Precision) -> list[Linears]:
-    """Those of a model whose every linear layer has the recipe of `precision`."""
-    recipe = str(precision.recipe) if precision.recipe else ""
-    return [Linears(*shape, recipe, model.n_layer) for shape in block_weights(model)]
-
-
 def floors(
     model: ModelConfig,
     tokens: int,
@@ -78,11 +65,10 @@ def floors(
     device: torch.device,
     ceilings: Ceilings,
     optimizer_bytes: int,
-    linears: Sequence[Linears] | None = None,
+    linears: Sequence[Linears],
 ) -> dict[str, Floor]:
     """Floor by part of a step over `tokens` tokens; optimizer_bytes: what clipping and update read and write. linears: what
-    the layers of blocks multiply by; None: all by the recipe of `precision`."""
-    linears = uniform(model, precision) if linears is None else linears
+    the layers of blocks multiply by."""
     native = matmul_execution(precision.operand, device).value == "native"
     operand = precision.operand if native else Format.parse("fp32")
     width = precision.working.bits // 8

@@ -16,7 +16,6 @@ from torch import Tensor
 from fewbits.choice import Choice
 from fewbits.kernels.heap import keep_freed_memory
 from fewbits.nn.candidates import BF16
-from fewbits.nn.lowbit import held_weights
 from fewbits.nn.plan import takes
 from fewbits.nn.prepare import prepare
 from fewbits.nn.stacks import PICKED, WHOLE, NoTimes, Stack
@@ -33,9 +32,9 @@ from fewbits.nn.timing import (
     own_random_numbers,
     race,
     recorded,
+    training_step,
 )
 from fewbits.nn.transformer import Transformer
-from fewbits.numerics.keys import step_key
 from fewbits.precision.precision import Precision
 from fewbits.precision.switches import torch_switches
 
@@ -102,9 +101,8 @@ def prepared(stack: Stack, values: Mapping[str, str], device: torch.device, mode
     model, precision = Transformer(stack.config), Precision.parse(stack.recipe).replace(layers="auto")
     keep = [f"blocks.{i}.{name}={format}" for i in range(stack.config.n_layer) for name, format in stack.formats]
     layers = {f"blocks.{i}.{name}": value for i in range(stack.config.n_layer) for name, value in values.items()}
-    layers = (
-        dict.fromkeys(takes(model, precision, keep), BF16) | layers
-    )  # what `keep` leaves out of the recipe is in bf16
+    # what the stack has and `keep` left out of the model's recipe is in bf16
+    layers = dict.fromkeys(takes(model, precision, keep), BF16) | layers
     prepare(model.to(device), precision, keep, {name: Choice(value, "timed") for name, value in layers.items()})
     drop_copies(model)
     if mode == "compiled":
@@ -113,15 +111,5 @@ def prepared(stack: Stack, values: Mapping[str, str], device: torch.device, mode
 
 
 def block_step(model: Transformer, x: Tensor, grad: Tensor, parts: int) -> Callable[[], None]:
-    """What a training step does in a stack: its weights quantized once, its scale histories led on at the end."""
-    parameters, leaf = list(model.blocks.parameters()) + list(model.norm.parameters()), x.detach().requires_grad_()
-
-    def step() -> None:
-        with step_key(x.device, 0, 0, 0), held_weights(model):
-            for _ in range(parts):
-                leaf.grad = None
-                for parameter in parameters:
-                    parameter.grad = None
-                model.through_blocks(leaf).backward(grad)  # type: ignore[no-untyped-call]
-
-    return step
+    """What a training step does in a stack."""
+    return training_step(model, model.through_blocks, x, grad, parts)

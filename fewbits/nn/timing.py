@@ -186,21 +186,28 @@ class LayerTimer:
             model = nn.Sequential(nn.Linear(shape.inputs, shape.outputs, bias=shape.bias))
         prepare(model, "bf16-mixed" if text == BF16 else text)
         drop_copies(model)
-        parameters = list(model.parameters())
-        leaf = x.detach().requires_grad_()
         emulated("bf16", self.device.type)  # asked before a compiler comes: it cannot time anything
         layer = model[0]  # without what `prepare` hangs on a whole model
         run = compiled(layer) if self.mode == "compiled" else layer
+        return training_step(model, run, x, grad, parts)
 
-        def step() -> None:
-            with step_key(self.device, 0, 0, 0), held_weights(model):
-                for _ in range(parts):
-                    leaf.grad = None
-                    for parameter in parameters:
-                        parameter.grad = None
-                    run(leaf).backward(grad)
 
-        return step
+def training_step(
+    model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor, parts: int
+) -> Callable[[], None]:
+    """What a training step does with x in `model`, by `run`: its weights quantized once, forward and backward for each of
+    `parts` micro-batches, its scale histories led on at the end."""
+    parameters, leaf = list(model.parameters()), x.detach().requires_grad_()
+
+    def step() -> None:
+        with step_key(x.device, 0, 0, 0), held_weights(model):
+            for _ in range(parts):
+                leaf.grad = None
+                for parameter in parameters:
+                    parameter.grad = None
+                run(leaf).backward(grad)  # type: ignore[no-untyped-call]
+
+    return step
 
 
 def own_random_numbers(device: torch.device) -> AbstractContextManager[None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cache, partial
@@ -29,7 +29,7 @@ from fewbits.graph import graph_choice
 from fewbits.nn.block_timing import BlockTimer
 from fewbits.nn.candidates import BF16, candidates, shapes
 from fewbits.nn.layers import LayerGroup, Layers, pick, settle_in_blocks
-from fewbits.nn.stacks import MeasureBlocks, NoTimes, stacks
+from fewbits.nn.stacks import MeasureBlocks, NoTimes, Stack, stacks
 from fewbits.nn.timing import LayerTimer, Measure, Times
 from fewbits.nn.transformer import Transformer
 from fewbits.precision.hardware import cpu_name, describe, native_matmul
@@ -105,17 +105,31 @@ def choose_layers(
     layers = Layers(tuple(groups))
     if measure_blocks is None:
         return layers
-    timed, kinds, began = {}, stacks(model, precision, tokens, keep, layers), time.perf_counter()
+    kinds = stacks(model, precision, tokens, keep, layers)
+    return settle_in_blocks(layers, _timed(kinds, measure_blocks, folder, facts, progress))
+
+
+def _timed(
+    kinds: Mapping[Stack, Sequence[str]],
+    measure: MeasureBlocks,
+    folder: Path,
+    facts: dict[str, Any],
+    progress: Progress,
+) -> dict[Stack, tuple[Sequence[str], Times]]:
+    """For each kind of blocks those that are so and its times, the most frequent first; empty where it does not run, or time is
+    over."""
+    found: dict[Stack, tuple[Sequence[str], Times]] = {}
+    began = time.perf_counter()
     for number, (stack, blocks) in enumerate(sorted(kinds.items(), key=lambda kind: -len(kind[1]))):
         progress(number, len(kinds), "timing whole blocks")
-        found_ms: Times = {}
+        times: Times = {}
         if time.perf_counter() - began < BLOCKS_S:
             with suppress(NoTimes):  # and kept nowhere: another time it may run
-                found_ms = cached(folder, {**facts, "stack": asdict(stack)}, partial(measure_blocks, stack))
-        timed[stack] = blocks, found_ms
+                times = cached(folder, {**facts, "stack": asdict(stack)}, partial(measure, stack))
+        found[stack] = blocks, times
     if kinds:
         progress(len(kinds), len(kinds), "timing whole blocks")
-    return settle_in_blocks(layers, timed)
+    return found
 
 
 def emulated_everywhere(precision: Precision, device: torch.device) -> str:

@@ -16,7 +16,7 @@ from fewbits.errors import FewbitsError
 from fewbits.lab import bench as lab
 from fewbits.lab.bench import bench, bench_config, native_precisions, part_times
 from fewbits.lab.ceilings import Ceilings, measure_ceilings
-from fewbits.lab.floors import elementwise_bytes, floors, linears_of, quantized_bytes, uniform
+from fewbits.lab.floors import Floor, Linears, elementwise_bytes, floors, linears_of, quantized_bytes
 from fewbits.nn.prepare import prepare
 from fewbits.nn.transformer import ModelConfig, Transformer
 from fewbits.precision.hardware import Hardware, describe
@@ -121,13 +121,24 @@ def test_parts_on_cuda_keep_their_time_and_the_gap_is_the_rest() -> None:
     assert part_times(found, 30.0)[GAPS] == 0.0
 
 
+def everywhere(model: ModelConfig, precision: Precision) -> list[Linears]:
+    """The linear layers of a GPT that all have the recipe of a precision."""
+    D, F, recipe = model.n_embd, model.ff, str(precision.recipe) if precision.recipe else ""
+    return [Linears(*shape, recipe, model.n_layer) for shape in ((D, 3 * D), (D, D), (D, F), (F, D))]
+
+
 def test_floors_of_gpt2_on_an_h100_are_those_of_the_design() -> None:
     """32,768 tokens: matmuls 36 ms in bf16 and about 21 in fp8 (DESIGN section 9 at 670 TFLOP/s; here 700)."""
     model, device = ModelConfig(), torch.device("cpu")
-    arguments = (H100, device, CARD, 26 * model.parameter_count())
-    bf16 = floors(model, 32768, Precision.parse("fp32"), *arguments)
+
+    def least(name: str) -> dict[str, Floor]:
+        precision = Precision.parse(name)
+        state = 26 * model.parameter_count()
+        return floors(model, 32768, precision, H100, device, CARD, state, everywhere(model, precision))
+
+    bf16 = least("fp32")
     assert bf16[MATMUL].ms == pytest.approx(14 * 34.7, rel=0.01)  # 14 times slower at 50 TFLOP/s of fp32
-    fp8 = floors(model, 32768, Precision.parse("fp8"), *arguments)
+    fp8 = least("fp8")
     head = 6 * 32768 * 50304 * 768
     blocks = 6 * 32768 * 12 * 12 * 768**2
     rate = 7e14 if fp8[ATTENTION_PART].why.count("bf16") else 5e13  # what this CPU does with bf16 decides
@@ -135,7 +146,7 @@ def test_floors_of_gpt2_on_an_h100_are_those_of_the_design() -> None:
     assert fp8[OPTIMIZER].ms == pytest.approx(26 * 124.5e6 / 3e9, rel=0.02)
     assert fp8[LOSS_PART].ms == pytest.approx(32768 * 50304 * 4 / 3e9, rel=0.01)
     assert fp8[QUANTIZATION].ms > 0 == bf16[QUANTIZATION].ms == fp8[GAPS].ms
-    whole = floors(model, 32768, Precision.parse("fp8, head=fp8"), *arguments)
+    whole = least("fp8, head=fp8")
     assert whole[MATMUL].ms == pytest.approx(1e3 * (blocks + head) / 1.3e15, rel=0.01)
     assert whole[LOSS_PART].ms == pytest.approx(fp8[LOSS_PART].ms * 3 / 4, rel=0.01)  # a byte a gradient, not two
     operands = whole[QUANTIZATION].ms - fp8[QUANTIZATION].ms
@@ -146,7 +157,7 @@ def test_bytes_of_the_elementwise_part_are_those_of_fused_passes() -> None:
     model = ModelConfig(vocab_size=64, n_layer=1, n_embd=8, n_head=1, n_ff=32, context=4)
     # two fused add-and-norm passes (4 D each way), GELU (2 F forward, 3 F backward), the embedding
     assert elementwise_bytes(model, tokens=1, width=2) == 2 * (16 * 8 + 5 * 32 + 4 * 8)
-    assert quantized_bytes(model, 1, Precision.parse("fp32"), 4, uniform(model, Precision.parse("fp32"))) == 0
+    assert quantized_bytes(model, 1, Precision.parse("fp32"), 4, everywhere(model, Precision.parse("fp32"))) == 0
 
 
 def test_floors_go_by_what_each_layer_multiplies_in() -> None:
@@ -163,7 +174,9 @@ def test_floors_go_by_what_each_layer_multiplies_in() -> None:
     # activation and weight are quantized, the gradient is not: a byte and two more an element
     assert quantized_bytes(config, 100, precision, 2, found) == 3 * (100 * 64 + 64 * 256)
     arguments = (H100, torch.device("cpu"), CARD, 0)
-    least, whole = (floors(config, 100, precision, *arguments, linears) for linears in (found, None))
+    least, whole = (
+        floors(config, 100, precision, *arguments, linears) for linears in (found, everywhere(config, precision))
+    )
     few = least[MATMUL].why.split(" and ")[-1]
     assert few.startswith(f"{2 * 100 * 64 * 256 / 1e12:,.3g} TFLOP in fp8_e4m3")
     assert whole[QUANTIZATION].ms > least[QUANTIZATION].ms and whole[MATMUL].ms < least[MATMUL].ms
