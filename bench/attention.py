@@ -35,6 +35,8 @@ from fewbits.nn.timing import clock, race
 WORKS = {  # B, query heads, key heads, T, d
     "gpt2-124m": (32, 12, 12, 1024, 64),
     "minimind-64m": (32, 8, 4, 1024, 96),
+    "minimind-64m, windows of 512": (64, 8, 4, 512, 96),
+    "gpt2-124m, windows of 512": (64, 12, 12, 512, 64),
     "llama-1b": (8, 32, 4, 2048, 64),
     "llama-1b-8k": (2, 32, 4, 8192, 64),
     "heads of 128": (8, 16, 8, 2048, 128),

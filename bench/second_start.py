@@ -1,6 +1,7 @@
 """What compiling costs a training when it first starts, and when it starts again: fresh processes, one cache folder.
 
-    python bench/second_start.py                     # nano in bf16-mixed and fp32: bench/results/second_start_NAME.json
+    python bench/second_start.py --name cpu          # nano in bf16-mixed and fp32: bench/results/second_start_cpu.json
+    python bench/second_start.py --name h200         # with a GPU: GPT-2 124M in fp8-delayed, head=fp8
     python bench/second_start.py --smoke             # a tiny shape; writes nothing
 
 Each case is `fewbits train --compile true` three times in processes of their own: with an empty cache, and twice with what
@@ -20,9 +21,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from blocks import ROOT, header, save
 
 CASES = {"nano bf16-mixed": ["--precision", "bf16-mixed"], "nano fp32": ["--precision", "fp32"]}
+ON_A_GPU = {
+    "gpt2-124m fp8-delayed, head=fp8": ["gpt2-124m", "--precision", "fp8-delayed, head=fp8", "--data", "python",
+                                        "--tokenizer", "bpe:50257", "--batch_size", "32", "--micro_batches", "1"],
+}  # fmt: skip
 SHORT = "--max_steps 3 --warmup_steps 1 --log_every 1 --eval_batches 1 --sample_every 0 --save_every 0 --compile true"
 TINY = "--n_layer 2 --n_embd 32 --n_head 2 --context 32 --batch_size 2 --tokenizer bytes"
 
@@ -30,7 +36,7 @@ TINY = "--n_layer 2 --n_embd 32 --n_head 2 --context 32 --batch_size 2 --tokeniz
 def start(arguments: list[str], folder: Path, number: int) -> dict[str, Any]:
     """One training in a process of its own; what it says about compiling."""
     run = folder / f"run-{number}"
-    words = [sys.executable, "-m", "fewbits", "train", *SHORT.split(), *arguments, "--out_dir", str(run)]
+    words = [sys.executable, "-m", "fewbits", "train", *arguments, *SHORT.split(), "--out_dir", str(run)]
     variables = {
         name: value for name, value in os.environ.items() if not name.startswith(("TORCHINDUCTOR_", "TRITON_"))
     }
@@ -51,7 +57,8 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
     results: dict[str, Any] = {**header(), "cases": {}}
-    for name, arguments in list(CASES.items())[: 1 if options.smoke else None]:
+    cases = ON_A_GPU if torch.cuda.is_available() and not options.smoke else CASES
+    for name, arguments in list(cases.items())[: 1 if options.smoke else None]:
         with tempfile.TemporaryDirectory() as folder:
             given = [*arguments, *(TINY.split() if options.smoke else [])]
             starts = [start(given, Path(folder), number) for number in range(options.starts)]

@@ -10,7 +10,7 @@ OPTIONS are those of `fewbits train`. Precisions are separated as in `fewbits co
 Losses only: trainings that share a machine say nothing about speed. Writes bench/results/NAME.json (or into --out, or $OUT):
 the verdicts, what was learned, and of every training the losses along the way, training and held out. A training that is
 in the file already is not run again, so an interrupted bench goes on where it was. Every training saves at its end, 13 GB for
-1.1B parameters: TMPDIR=/dev/shm where memory is larger than the disk is fast.
+1.1B parameters, deleted once it is read: TMPDIR=/dev/shm where memory is larger than the disk is fast.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -80,6 +81,7 @@ def train(task: tuple[str, int], recipe: str, options: list[str], threads: int, 
     summary = json.loads(path.read_text()) if path.exists() else {"status": "crashed", "reason": done.stderr[-500:]}
     about = {key: summary.get(key) for key in KEPT}
     entry = {"variant": precision, "seed": seed, **about, "curve": curve(run), "learned": learned(run, summary)}
+    shutil.rmtree(run, ignore_errors=True)
     print(
         f"{precision:12s} seed {seed}: {entry['status']} {entry['val_loss']}  ({time.time() - began:.0f} s)", flush=True
     )
